@@ -1,0 +1,244 @@
+"""What `params.yaml` may say: types, bounds and units. The values themselves live in the file only."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tasks.core.errors import ParamsError
+from tasks.core.paths import PARAMS
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Section(BaseModel):
+    """A part of `params.yaml`: unknown keys and numbers that are not finite are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Split(Section):
+    val: float = Field(gt=0, lt=0.5, description="share of the images for tuning decisions")
+    test: float = Field(gt=0, lt=0.5, description="share of the images that only benchmark and gate see")
+
+
+class Ingest(Section):
+    """Where the images come from and how they are split."""
+
+    kind: Literal["folder", "idx", "parquet"] = Field(description="folder of class folders, IDX files, or Parquet")
+    path: str = Field(min_length=1, description="the folder or file, relative to the repository or absolute")
+    split: Split
+    max_corrupt_fraction: Fraction = Field(description="more unreadable images than this stop the run")
+    seed: Seed = Field(description="decides which image goes to which split")
+
+
+class Validate(Section):
+    """What the data must look like before anything is trained on it."""
+
+    min_rows_per_class: Count = Field(description="images of each class in each split, at least")
+    max_class_imbalance: Annotated[float, Field(ge=1)] = Field(description="largest class over smallest, at most")
+    min_side: Count = Field(description="image width and height in pixels, at least")
+    max_side: Count = Field(description="image width and height in pixels, at most")
+
+
+class Weights(Section):
+    """Where training starts."""
+
+    source: Literal["packaged", "hub", "file", "production", "none"] = Field(
+        description="packaged EfficientNet-Lite0, timm's hub, a safetensors file, the model in production, or random"
+    )
+    path: str | None = Field(None, description="source file: the safetensors file")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="source file: what it must hash to")
+    model: str | None = Field(None, description="source production: the registered model, if not this one")
+    stage: Literal["finetune", "prune"] = Field(
+        "finetune", description="source production: full weights, or the pruned ones, whose zeros are then held"
+    )
+
+    @model_validator(mode="after")
+    def _needs_path(self) -> Self:
+        if (self.source == "file") != (self.path is not None):
+            raise ValueError("path goes with source: file, and only with it")
+        return self
+
+
+class Augment(Section):
+    """Random changes to training images (torchvision.transforms.v2)."""
+
+    crop_scale: Annotated[float, Field(gt=0, le=1)] = Field(description="smallest share of the area a crop keeps")
+    flip: Fraction = Field(description="probability of a horizontal flip")
+    erase: Fraction = Field(0.0, description="probability of erasing a random rectangle")
+
+
+class Training(Section):
+    """One training run, for fine-tuning and for recovery after pruning alike."""
+
+    epochs: int = Field(ge=0)
+    batch_size: Annotated[int, Field(ge=2)]
+    optimizer: Literal["adamw", "sgd"]
+    learning_rate: Positive = Field(description="the peak of the schedule")
+    weight_decay: Annotated[float, Field(ge=0)]
+    schedule: Literal["one-cycle", "cosine"]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    patience: Count | None = Field(None, description="stop after so many epochs without a better val top-1")
+    augment: Augment
+    bf16: bool = Field(False, description="bfloat16 autocast; pays at large images or on CPUs with AMX")
+    seed: Seed
+
+
+class Finetune(Section):
+    """The fine-tuned model: backbone, starting weights, input and training."""
+
+    backbone: str = Field(min_length=1, description="a timm model name, or mlp, lenet-300-100, lenet-5")
+    weights: Weights
+    image_size: Annotated[int, Field(ge=8, le=1024)] = Field(description="side of the square input in pixels")
+    freeze_stages: Annotated[int, Field(ge=0)] = Field(0, description="leave the first n stages as they are")
+    training: Training
+
+
+class Blocks(Section):
+    remove: Count = Field(description="how many residual blocks go, those that val misses least first")
+
+
+class Channels(Section):
+    ratio: Annotated[float, Field(gt=0, lt=1)] = Field(description="share of each group's channels that goes")
+    multiple: Count = Field(16, description="kept counts are multiples of this: kernels are fastest so")
+
+
+class SingleWeights(Section):
+    threshold: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="in each layer, weights go whose |w|, normalised to 0-1 in that layer, is under this"
+    )
+    sparsity: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="share of all weights that goes, smallest |w| of the whole model first"
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if (self.threshold is None) == (self.sparsity is None):
+            raise ValueError("give threshold or sparsity, one of the two")
+        return self
+
+
+class Recovery(Section):
+    """Distillation from the fine-tuned teacher (Hinton et al. 2015, arXiv:1503.02531)."""
+
+    temperature: Positive = Field(description="softens both distributions")
+    teacher_share: Fraction = Field(description="share of the loss that the teacher has; the labels have the rest")
+    training: Training
+
+
+class Prune(Section):
+    """What is taken away; a kind that is left out or null is off."""
+
+    blocks: Blocks | None = None
+    channels: Channels | None = None
+    weights: SingleWeights | None = None
+    recovery: Recovery | None = Field(None, description="retraining under the masks")
+
+
+class Quantize(Section):
+    """int8 from calibration on training images."""
+
+    calibration_images: Annotated[int, Field(ge=32)]
+    percentile: Annotated[float, Field(gt=50, le=100)] = Field(description="share of activations inside the range")
+    reduce_range: bool = Field(False, description="7-bit weights, for x86 CPUs with AVX2 but no VNNI")
+
+
+class Benchmark(Section):
+    """The device profile."""
+
+    threads: Count = Field(description="intra-op threads of ONNX Runtime")
+    warmup: Annotated[int, Field(ge=0)] = Field(description="inferences before the clock starts")
+    iterations: Annotated[int, Field(ge=10)] = Field(description="timed inferences of each stage's model")
+    memory_limit_bytes: Annotated[int, Field(ge=2**26)] | None = Field(
+        None, description="the device's memory; a model that cannot load and run within it fails the stage"
+    )
+
+
+class Gate(Section):
+    """Limits, all of which must hold for a promotion; null leaves an optional one out."""
+
+    min_top1: Fraction
+    max_top1_drop: Fraction = Field(description="against the fine-tuned model")
+    max_size_bytes: Count
+    max_latency_ratio: Positive = Field(description="p50 over that of the fine-tuned fp32 model")
+    max_latency_ms: Positive | None = Field(None, description="p50 at batch 1")
+    min_class_recall: Fraction = Field(description="for the worst class")
+
+
+class Params(Section):
+    """The whole of `params.yaml`."""
+
+    model: str = Field(pattern="^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", description="the model's name in the registry")
+    classes: tuple[str, ...] = Field(min_length=2, description="label names in the order of the model's outputs")
+    ingest: Ingest
+    validate_: Validate = Field(alias="validate")
+    finetune: Finetune
+    prune: Prune
+    quantize: Quantize
+    benchmark: Benchmark
+    gate: Gate
+
+    @model_validator(mode="after")
+    def _distinct_classes(self) -> Self:
+        twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
+        if twice:
+            raise ValueError(f"class {twice[0]!r} is listed twice")
+        return self
+
+
+def load(path: Path = PARAMS) -> Params:
+    """The parameters in `path`, checked; `ParamsError` names the first key that is wrong and what it should be."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        content = YAML(typ="safe").load(path.read_text())
+    except FileNotFoundError:
+        raise ParamsError(f"{path} does not exist: give a parameter file, such as params.yaml") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        raise ParamsError(f"{path}: {_sentence(error)}") from None
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{where} is not a parameter{_suggestion(first['loc'])}{more}"
+    if first["type"] == "missing":
+        return f"{where} is missing{more}"
+    got = "" if isinstance(first["input"], dict) else f", not {first['input']!r}"
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}{got}{more}"
+
+
+def _suggestion(location: tuple[Any, ...]) -> str:
+    section: Any = Params
+    for part in location[:-1]:
+        field = fields(section).get(str(part))
+        section = field and section_of(field.annotation)
+        if section is None:
+            return ""
+    close = difflib.get_close_matches(str(location[-1]), fields(section), n=1)
+    return f"; did you mean {close[0]}?" if close else f"; {', '.join(fields(section))} are"
+
+
+def fields(section: type[Section]) -> dict[str, Any]:
+    """The section's fields by the names the file uses."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section type in an annotation such as `Blocks | None`, or None for a plain value."""
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None

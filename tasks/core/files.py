@@ -1,0 +1,78 @@
+"""Files that are either whole or not there: temporary name, sync, rename. And their SHA-256."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tasks.core.errors import WeighinError
+
+
+@contextlib.contextmanager
+def replacing(*targets: Path) -> Iterator[tuple[Path, ...]]:
+    """Yield one temporary path beside each target; on success sync them and rename them over the targets.
+
+    A target may be a file or a directory. If the block raises, the targets stay as they were and the
+    temporary ones are removed.
+    """
+    temporary = tuple(target.with_name(f".{target.name}.{os.getpid()}.tmp") for target in targets)
+    try:
+        for target in targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        for path in temporary:
+            _sync(path)
+        for path, target in zip(temporary, targets, strict=True):
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            path.replace(target)
+        for parent in {target.parent for target in targets}:
+            _sync(parent)
+    finally:
+        for path in temporary:
+            if path.is_dir():
+                shutil.rmtree(path)
+            path.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with replacing(path) as (temporary,):
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON; numbers that are not finite are refused, since JSON has none."""
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise WeighinError(f"{path}: a number is not finite, so it cannot be written as JSON") from error
+    write_bytes(path, (text + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; `WeighinError` if it is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise WeighinError(f"{path} is missing: run `weighin run`, or `dvc checkout` to bring it back") from None
+    except ValueError as error:
+        raise WeighinError(f"{path} is not JSON ({error}); run the stage that writes it again") from None
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256, 64 hexadecimal digits; read in pieces, so memory does not grow with the file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

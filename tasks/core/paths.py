@@ -1,0 +1,36 @@
+"""Where everything lies, relative to the repository's root, in which every stage runs."""
+
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+
+DATA = Path("data")
+PREPARED = DATA / "prepared"
+TRAIN = PREPARED / "train.parquet"
+VAL = PREPARED / "val.parquet"
+TEST = PREPARED / "test.parquet"
+MANIFEST = PREPARED / "manifest.parquet"
+
+MODELS = DATA / "models"
+REPORTS = DATA / "reports"
+CHECKPOINTS = DATA / "checkpoints"
+
+
+def weights(stage: str) -> Path:
+    """The stage's weights, safetensors."""
+    return MODELS / stage / "model.safetensors"
+
+
+def spec(stage: str) -> Path:
+    """What the stage's weights are: backbone, classes and preprocessing, JSON."""
+    return MODELS / stage / "model.json"
+
+
+def onnx(stage: str) -> Path:
+    """The stage's model as the device would load it."""
+    return MODELS / stage / "model.onnx"
+
+
+def report(stage: str) -> Path:
+    """The stage's numbers, JSON."""
+    return REPORTS / f"{stage}.json"
