@@ -13,6 +13,10 @@ MANIFEST = PREPARED / "manifest.parquet"
 
 MODELS = DATA / "models"
 REPORTS = DATA / "reports"
+PLAN = MODELS / "prune" / "plan.json"
+STAGES = REPORTS / "stages.csv"
+PREDICTIONS = REPORTS / "predictions.csv"
+DATA_DOCS = REPORTS / "data_docs"
 CHECKPOINTS = DATA / "checkpoints"
 
 
@@ -34,3 +38,8 @@ def onnx(stage: str) -> Path:
 def report(stage: str) -> Path:
     """The stage's numbers, JSON."""
     return REPORTS / f"{stage}.json"
+
+
+def history(stage: str) -> Path:
+    """One row per epoch of the stage's training, CSV."""
+    return REPORTS / f"{stage}.csv"

@@ -1,0 +1,74 @@
+"""Prepared images: from encoded bytes in Parquet to what the network sees. Imports neither torch nor timm."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+from PIL import Image, ImageOps
+from pydantic import BaseModel, ConfigDict
+
+from tasks.core.errors import StageError
+
+Batch = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+
+
+class Preprocessing(BaseModel):
+    """How an image becomes the network's input; it travels in the ONNX file's metadata.
+
+    The image is scaled with bilinear filtering so that its shorter side is `size` pixels, cut to the central
+    square, converted to `channels` (1 grey, 3 RGB), divided by 255, and normalised with `mean` and `std`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def mode(self) -> str:
+        """Pillow's name for the colour mode."""
+        return "L" if self.channels == 1 else "RGB"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        return (self.channels, self.size, self.size)
+
+
+def decode(data: bytes, mode: str) -> Image.Image:
+    """The image upright and in the given mode."""
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert(mode)
+
+
+def tensor(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+    """Encoded bytes to the network's input, float32 (C, H, W)."""
+    size = (preprocessing.size, preprocessing.size)
+    image = ImageOps.fit(decode(data, preprocessing.mode), size, Image.Resampling.BILINEAR)
+    pixels = np.asarray(image, dtype=np.float32).reshape(*size, preprocessing.channels) / 255
+    mean, std = (np.asarray(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
+    normal = (pixels - mean) / std
+    return np.ascontiguousarray(normal.transpose(2, 0, 1), dtype=np.float32)
+
+
+def read(path: Path, classes: tuple[str, ...]) -> tuple[list[bytes], list[int]]:
+    """All encoded images of a split and their class numbers; `StageError` at a label that `classes` lacks."""
+    table = pq.read_table(path, columns=["image", "label"])
+    codes = {name: code for code, name in enumerate(classes)}
+    labels = table["label"].to_pylist()
+    unknown = sorted(set(labels) - codes.keys())
+    if unknown:
+        raise StageError(f"{path} has the label {unknown[0]!r}, which classes in params.yaml does not list")
+    return table["image"].to_pylist(), [codes[label] for label in labels]
+
+
+def batches(path: Path, preprocessing: Preprocessing, classes: tuple[str, ...], size: int) -> Iterator[Batch]:
+    """The split in order, decoded batch by batch: float32 (B, C, H, W) and int64 (B,)."""
+    images, labels = read(path, classes)
+    for start in range(0, len(images), size):
+        part = [tensor(image, preprocessing) for image in images[start : start + size]]
+        yield np.stack(part), np.asarray(labels[start : start + size], dtype=np.int64)

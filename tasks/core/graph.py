@@ -1,0 +1,167 @@
+"""ONNX graphs: what is folded, stripped and removed."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+Array = npt.NDArray[Any]
+Mask = npt.NDArray[np.bool_]
+
+
+def initializers(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def fold_pads(model: onnx.ModelProto) -> None:
+    """Make each constant zero Pad part of the convolution that reads it, in place; pads may be asymmetric."""
+    constants = initializers(model)
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    for node in [node for node in model.graph.node if node.op_type == "Pad"]:
+        users = readers.get(node.output[0], [])
+        pads = constants.get(node.input[1])
+        value = constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        if pads is None or len(node.input) > 3 or any(user.op_type != "Conv" for user in users):
+            continue
+        if value is not None and float(numpy_helper.to_array(value)) != 0:
+            continue
+        sizes = numpy_helper.to_array(pads).tolist()
+        rank = len(sizes) // 2
+        if any(sizes[:2]) or any(sizes[rank : rank + 2]):
+            continue
+        for user in users:
+            _add_pads(user, sizes[2:rank] + sizes[rank + 2 :])
+            user.input[0] = node.input[0]
+        model.graph.node.remove(node)
+
+
+def _add_pads(conv: onnx.NodeProto, sizes: list[int]) -> None:
+    own = next((a for a in conv.attribute if a.name == "pads"), None)
+    if own is None:
+        conv.attribute.append(onnx.helper.make_attribute("pads", sizes))
+    else:
+        own.ints[:] = [a + b for a, b in zip(own.ints, sizes, strict=True)]
+
+
+def pool_means(model: onnx.ModelProto) -> None:
+    """Write each mean over height and width as the GlobalAveragePool it is, in place: that one has an int8 kernel."""
+    constants = initializers(model)
+    for node in model.graph.node:
+        if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in constants:
+            continue
+        axes = sorted(axis % 4 for axis in numpy_helper.to_array(constants[node.input[1]]).tolist())
+        if axes == [2, 3] and attribute(node, "keepdims", 1) == 1:
+            node.op_type = "GlobalAveragePool"
+            del node.input[1:], node.attribute[:]
+
+
+def flatten_reshapes(model: onnx.ModelProto) -> None:
+    """Write each Reshape to (batch, everything else) as the Flatten it is, in place."""
+    constants = initializers(model)
+    for node in model.graph.node:
+        if node.op_type != "Reshape" or node.input[1] not in constants:
+            continue
+        shape = numpy_helper.to_array(constants[node.input[1]]).tolist()
+        if len(shape) == 2 and shape[0] == -1 and shape[1] > 0:
+            node.op_type = "Flatten"
+            del node.input[1:], node.attribute[:]
+            node.attribute.append(onnx.helper.make_attribute("axis", 1))
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    """The value of a node's attribute, or the operator's default."""
+    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def strip(model: onnx.ModelProto) -> None:
+    """Drop what no runtime reads, in place: doc strings, node metadata, value_info, unused initializers."""
+    graph = model.graph
+    model.doc_string = graph.doc_string = ""
+    del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:], model.functions[:]
+    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
+    for item in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+        item.doc_string = ""
+        del item.metadata_props[:]
+
+
+class Constants:
+    """The model's initializers by name, and the way to one through its DequantizeLinear."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.tensors = initializers(model)
+        self.dequantized = {
+            node.output[0]: node
+            for node in model.graph.node
+            if node.op_type == "DequantizeLinear" and node.input[0] in self.tensors
+        }
+
+    def read(self, name: str) -> Array | None:
+        """The stored values behind a node's input, or None if that input is not constant.
+
+        Integer values have their zero point subtracted, so that zero means zero.
+        """
+        node = self.dequantized.get(name)
+        if node is None:
+            return numpy_helper.to_array(self.tensors[name]) if name in self.tensors else None
+        values = numpy_helper.to_array(self.tensors[node.input[0]])
+        if len(node.input) > 2:
+            zero = numpy_helper.to_array(self.tensors[node.input[2]]).astype(np.int32)
+            if zero.any():
+                shape = [-1 if axis == attribute(node, "axis", 1) else 1 for axis in range(values.ndim)]
+                values = values.astype(np.int32) - zero.reshape(shape if zero.ndim else [])
+        return values
+
+    def keep(self, name: str, axis: int, mask: Mask) -> None:
+        """Keep part of the constant behind a node's input along one axis, with its scales and zero points."""
+        node = self.dequantized.get(name)
+        if node is None:
+            self._slice(name, axis, mask)
+            return
+        self._slice(node.input[0], axis, mask)
+        if attribute(node, "axis", 1) == axis or len(self.tensors[node.input[0]].dims) == 1:
+            for parameter in node.input[1:]:
+                if len(self.tensors[parameter].dims) == 1 and self.tensors[parameter].dims[0] == len(mask):
+                    self._slice(parameter, 0, mask)
+
+    def _slice(self, name: str, axis: int, mask: Mask) -> None:
+        values = np.compress(mask, numpy_helper.to_array(self.tensors[name]), axis)
+        self.tensors[name].CopyFrom(numpy_helper.from_array(values, name))
+
+
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+
+
+def parameters(model: onnx.ModelProto) -> tuple[int, int]:
+    """Weights and biases of convolutions and matrix products: how many, and how many are not zero."""
+    constants = Constants(model)
+    names = {name for node in model.graph.node if node.op_type in WEIGHTED for name in node.input[1:] if name}
+    values = [value for name in sorted(names) if (value := constants.read(name)) is not None]
+    return sum(value.size for value in values), sum(int(np.count_nonzero(value)) for value in values)
+
+
+def macs(model: onnx.ModelProto) -> int:
+    """Multiply-accumulates of convolutions and matrix products for one image."""
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    constants = Constants(inferred)
+    shapes = {
+        value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
+        for value in (*inferred.graph.value_info, *inferred.graph.output)
+    }
+    total = 0
+    for node in inferred.graph.node:
+        weight = constants.read(node.input[1]) if node.op_type in WEIGHTED else None
+        if weight is None:
+            continue
+        if node.op_type == "Conv":
+            total += weight.size * int(np.prod(shapes[node.output[0]][2:]))
+        else:
+            total += weight.size * int(np.prod(shapes[node.output[0]][1:-1]))
+    return total

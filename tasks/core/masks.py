@@ -1,0 +1,190 @@
+"""What pruning decides: which residual blocks, channels and single weights go, and zeros that stay zero.
+
+A slim copy has the blocks and channels physically removed. It is what recovery trains, since it computes the
+same function in less time; `scatter` writes its weights back into the full shape, zeros everywhere else.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from tasks.core import config
+from tasks.core.errors import StageError
+
+Removed = dict[str, dict[str, list[int]]]  # module -> "out" and "in" -> removed channel numbers
+
+
+class BlockEffect(NamedTuple):
+    """A residual block and the val loss without it."""
+
+    name: str
+    val_loss: float
+
+
+@torch.no_grad()
+def hold_zeros(net: nn.Module, head: str) -> Callable[[], None]:
+    """A function that sets back to zero whatever is exactly zero now; the head's bias is free."""
+    held = [
+        (parameter, parameter != 0)
+        for name, parameter in net.named_parameters()
+        if name != f"{head}.bias" and not bool((parameter != 0).all())
+    ]
+
+    @torch.no_grad()
+    def hold() -> None:
+        for parameter, mask in held:
+            parameter.mul_(mask)
+
+    return hold
+
+
+@torch.no_grad()
+def residual_blocks(net: nn.Module, images: Tensor) -> list[str]:
+    """Modules that compute x + f(x): those that pass these images' features on unchanged when f's weights are zero."""
+    seen: dict[str, Tensor] = {}
+    hooks = []
+    for name, module in net.named_modules():
+        if name and any(module.children()) and not isinstance(module, nn.Sequential):
+
+            def note(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+                if len(inputs) == 1 and isinstance(output, Tensor) and inputs[0].shape == output.shape:
+                    seen[name] = inputs[0].detach()
+
+            hooks.append(module.register_forward_hook(note))
+    net.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    return [name for name, features in seen.items() if _is_residual(net.get_submodule(name), features)]
+
+
+def _is_residual(module: nn.Module, features: Tensor) -> bool:
+    emptied = copy.deepcopy(module)
+    parameters = list(emptied.parameters())
+    for parameter in parameters:
+        parameter.zero_()
+    return sum(p.ndim > 1 for p in parameters) > 1 and torch.equal(emptied(features), features)
+
+
+def block_effects(net: nn.Module, names: list[str], val_loss: Callable[[], float]) -> Iterator[BlockEffect]:
+    """The val loss with each block passed by, one after the other."""
+    for name in names:
+        hook = net.get_submodule(name).register_forward_hook(lambda _module, inputs, _output: inputs[0])
+        yield BlockEffect(name, val_loss())
+        hook.remove()
+
+
+def remove_blocks(net: nn.Module, names: list[str]) -> None:
+    """Put an identity in the place of each block."""
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        setattr(net.get_submodule(parent), last, nn.Identity())
+
+
+def kept(channels: int, ratio: float, multiple: int) -> int:
+    """How many of a group's channels stay: a multiple of `multiple`, at least one of them, at most all."""
+    return min(channels, max(multiple, round(channels * (1 - ratio) / multiple) * multiple))
+
+
+def remove_channels(net: nn.Module, params: config.Channels, example: Tensor, head: str) -> Removed:
+    """Remove the least important channels of each DepGraph group, in place; returns what went, by module.
+
+    Groups: Fang et al. 2023, DepGraph, arXiv:2301.12900. Importance: L2 norm over the whole group. Groups with
+    grouped convolutions that are not depthwise stay as they are.
+    """
+    names = {module: name for name, module in net.named_modules()}
+    graph = tp.DependencyGraph().build_dependency(net.eval(), example)
+    importance = tp.importance.GroupMagnitudeImportance(p=2)
+    removed: Removed = {}
+    groups = list(
+        graph.get_all_groups(ignored_layers=[net.get_submodule(head)], root_module_types=[nn.Conv2d, nn.Linear])
+    )
+    for group in groups:
+        if any(_is_grouped(dep.target.module) for dep, _ in group):
+            continue
+        scores = importance(group)
+        count = len(scores) - kept(len(scores), params.ratio, params.multiple)
+        if count == 0:
+            continue
+        indices = sorted(torch.argsort(scores, stable=True)[:count].tolist())
+        pruned = graph.get_pruning_group(group[0].dep.target.module, group[0].dep.handler, indices)
+        for dep, channels in pruned:
+            if dep.target.module in names and list(dep.target.module.parameters(recurse=False)):
+                _note(removed, names[dep.target.module], dep, channels)
+        pruned.prune()
+    try:
+        net(example)
+    except RuntimeError as error:
+        raise StageError(
+            f"prune.channels does not know this backbone's structure: {str(error).splitlines()[0]}"
+        ) from None
+    return removed
+
+
+def _is_grouped(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups > 1 and module.groups != module.out_channels
+
+
+def _note(removed: Removed, name: str, dep: tp.dependency.Dependency, channels: list[int]) -> None:
+    module = dep.target.module
+    takes_inputs = dep.handler in (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+    depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
+    side = "in" if takes_inputs and not depthwise else "out"
+    removed.setdefault(name, {}).setdefault(side, [])
+    removed[name][side] = sorted({*removed[name][side], *(int(channel) for channel in channels)})
+
+
+@torch.no_grad()
+def zero_weights(net: nn.Module, params: config.SingleWeights) -> dict[str, int]:
+    """Zero single weights of convolutions and linear layers, in place; returns how many went, by tensor.
+
+    `threshold`: |w| is divided by the largest |w| of its layer, and what lies under the threshold goes.
+    `sparsity`: the smallest |w| of the whole model go until that share is zero. `StageError` if a layer
+    would be left without any weight.
+    """
+    weights = {
+        f"{name}.weight": module.weight
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    if params.threshold is not None:
+        small = {name: weight.abs() < params.threshold * weight.abs().max() for name, weight in weights.items()}
+    else:
+        every = torch.cat([weight.abs().flatten() for weight in weights.values()])
+        limit = float(every.kthvalue(max(1, round((params.sparsity or 0) * every.numel()))).values)
+        small = {name: weight.abs() <= limit for name, weight in weights.items()}
+    for name, gone in small.items():
+        if bool(gone.all()):
+            raise StageError(f"prune.weights leaves nothing of {name}: lower the threshold or sparsity in params.yaml")
+        weights[name][gone] = 0
+    return {name: int(gone.sum()) for name, gone in small.items()}
+
+
+@torch.no_grad()
+def scatter(slim: nn.Module, full: nn.Module, removed: Removed) -> None:
+    """Write the slim copy's weights into the full network, in place; everything that was removed becomes zero.
+
+    Running variances become one where a channel is gone, so that normalisation stays finite.
+    """
+    source = slim.state_dict()
+    for name, tensor in full.state_dict().items():
+        module, _, _ = name.rpartition(".")
+        if name.endswith("num_batches_tracked"):
+            continue
+        tensor.fill_(1.0 if name.endswith("running_var") else 0.0)
+        if name not in source:
+            continue
+        gone = removed.get(module, {})
+        index = [_left(tensor.shape[0], gone.get("out", []))]
+        if tensor.ndim > 1:
+            index.append(_left(tensor.shape[1], gone.get("in", [])))
+        tensor[torch.meshgrid(*index, indexing="ij")] = source[name]
+
+
+def _left(size: int, gone: list[int]) -> Tensor:
+    mask = torch.ones(size, dtype=torch.bool)
+    mask[gone] = False
+    return mask.nonzero().flatten()

@@ -1,0 +1,67 @@
+"""ONNX Runtime sessions as the device would open them."""
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+
+from tasks.core.dataset import Batch, Preprocessing
+from tasks.core.errors import StageError
+
+Images = npt.NDArray[np.float32]
+Logits = npt.NDArray[np.float32]
+
+
+def open_session(model: Path, threads: int, optimized: Path | None = None) -> ort.InferenceSession:
+    """A CPU session with so many intra-op threads; `optimized` receives the graph that is really run.
+
+    `StageError` if ONNX Runtime does not load the file.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # threads of other sessions must not disturb
+    if optimized:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        # onnxruntime's own errors have no common base but Exception
+        raise StageError(f"{model} does not load in ONNX Runtime: {str(error).splitlines()[0]}") from None
+
+
+def logits(session: ort.InferenceSession, images: Images) -> Logits:
+    """float32 (B, classes) from float32 (B, C, H, W)."""
+    result: Logits = session.run(None, {session.get_inputs()[0].name: images})[0]
+    return result
+
+
+def top1(session: ort.InferenceSession, batches: Iterable[Batch]) -> float:
+    """The share of images whose largest logit is the right one."""
+    right = [logits(session, images).argmax(1) == labels for images, labels in batches]
+    return float(np.concatenate(right).mean())
+
+
+def description(session: ort.InferenceSession) -> tuple[Preprocessing, tuple[str, ...]]:
+    """Preprocessing and class names from the file's metadata; `StageError` if it has none."""
+    text = session.get_modelmeta().custom_metadata_map.get("weighin")
+    if text is None:
+        raise StageError("the ONNX file has no preprocessing in its metadata: run the stage that wrote it again")
+    content: dict[str, Any] = json.loads(text)
+    classes = tuple(content.pop("classes"))
+    return Preprocessing.model_validate(content), classes
+
+
+def optimized(model: Path) -> onnx.ModelProto:
+    """The graph that ONNX Runtime really runs, after its optimizations."""
+    with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
+        target = Path(scratch) / "optimized.onnx"
+        open_session(model, threads=1, optimized=target)
+        return onnx.load(target)

@@ -1,0 +1,247 @@
+"""The training loop that fine-tuning and recovery share: deterministic, resumable, with its history."""
+
+import hashlib
+import io
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from tasks.core import config, dataset, files, paths
+from tasks.core.dataset import Preprocessing
+from tasks.core.errors import StageError
+from tasks.core.progress import track
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, logits, labels -> scalar
+EVALUATION_BATCH = 250
+
+
+class Images:
+    """A split as a map-style dataset: float32 (C, H, W) and class number; augmented if `augment` is given."""
+
+    def __init__(
+        self, path: Path, preprocessing: Preprocessing, classes: tuple[str, ...], augment: config.Augment | None = None
+    ) -> None:
+        self.images, self.labels = dataset.read(path, classes)
+        self.preprocessing = preprocessing
+        self.transform = _augmentation(augment, preprocessing) if augment else None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if self.transform is None:
+            return torch.from_numpy(dataset.tensor(self.images[index], self.preprocessing)), self.labels[index]
+        image = dataset.decode(self.images[index], self.preprocessing.mode)
+        return self.transform(image), self.labels[index]
+
+
+def _augmentation(augment: config.Augment, preprocessing: Preprocessing) -> Callable[[Any], Tensor]:
+    steps: list[nn.Module] = [
+        v2.RandomResizedCrop(preprocessing.size, scale=(augment.crop_scale, 1.0)),
+        v2.RandomHorizontalFlip(augment.flip),
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(list(preprocessing.mean), list(preprocessing.std)),
+        v2.RandomErasing(augment.erase),
+    ]
+    transform: Callable[[Any], Tensor] = v2.Compose(steps)
+    return transform
+
+
+def device() -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def make_deterministic(seed: int) -> None:
+    """Same inputs, same machine, same bytes."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(seed)
+
+
+def checkpoint_path(stage: str, *inputs: Path, params: config.Section) -> Path:
+    """Where a run of this stage on these inputs keeps its checkpoint: another input, another file."""
+    key = hashlib.sha256(params.model_dump_json().encode())
+    for path in inputs:
+        key.update(files.sha256(path).encode())
+    return paths.CHECKPOINTS / f"{stage}-{key.hexdigest()[:16]}.pt"
+
+
+def forget(stage: str) -> None:
+    """Remove the stage's checkpoints, once its results are written."""
+    for path in paths.CHECKPOINTS.glob(f"{stage}-*.pt"):
+        path.unlink()
+
+
+def cross_entropy(label_smoothing: float) -> Loss:
+    """The loss of plain supervised training."""
+    return lambda _images, logits, labels: functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+
+@torch.inference_mode()
+def evaluate(net: nn.Module, images: Images) -> tuple[float, float]:
+    """Top-1 as a fraction and mean cross-entropy."""
+    where = next(net.parameters()).device
+    net.eval()
+    correct, loss = 0, 0.0
+    for batch, labels in DataLoader(images, batch_size=EVALUATION_BATCH):  # type: ignore[arg-type]
+        logits = net(_to(batch, where)).cpu()
+        correct += int((logits.argmax(1) == labels).sum())
+        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+    return correct / len(images), loss / len(images)
+
+
+def fit(
+    net: nn.Module,
+    train: Images,
+    val: Images,
+    loss_of: Loss,
+    params: config.Training,
+    *,
+    checkpoint: Path,
+    after_step: Callable[[], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train in place and leave the weights of the epoch with the best val top-1; returns one row per epoch.
+
+    `after_step` runs after every optimizer step (masks are applied there). After each epoch everything that
+    the next one needs is in `checkpoint`; a run that finds it goes on from there to the same bytes. `StageError`
+    when the loss is not finite.
+    """
+    optimizer, scheduler = _optimizer(net, params, steps=params.epochs * _steps(train, params))
+    history: list[dict[str, float]] = []
+    best: dict[str, Any] = {"top1": -1.0, "state": _copy(net)}
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=next(net.parameters()).device, weights_only=True)
+        net.load_state_dict(saved["net"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        history, best = saved["history"], saved["best"]
+        print(f"resuming after epoch {len(history)} from {checkpoint}", flush=True)
+    while len(history) < params.epochs and not _stalled(history, params.patience):
+        started = time.monotonic()
+        loss = _epoch(net, train, loss_of, params, optimizer, scheduler, after_step, epoch=len(history))
+        top1, val_loss = evaluate(net, val)
+        history.append({"epoch": len(history) + 1, "train_loss": loss, "val_loss": val_loss, "val_top1": top1})
+        if top1 > best["top1"]:
+            best = {"top1": top1, "state": _copy(net)}
+        _save(checkpoint, net=net, optimizer=optimizer, scheduler=scheduler, history=history, best=best)
+        print(
+            f"epoch {len(history)}/{params.epochs}: loss {loss:.4f}, val loss {val_loss:.4f}, "
+            f"val top-1 {top1:.2%}, {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
+    net.load_state_dict(best["state"])
+    return history
+
+
+def write_history(path: Path, history: list[dict[str, float]]) -> None:
+    """One CSV row per epoch, for `dvc plots`."""
+    columns = ("epoch", "train_loss", "val_loss", "val_top1")
+    lines = [",".join(columns), *(",".join(f"{row[name]:.6g}" for name in columns) for row in history)]
+    files.write_bytes(path, ("\n".join(lines) + "\n").encode())
+
+
+def _epoch(
+    net: nn.Module,
+    train: Images,
+    loss_of: Loss,
+    params: config.Training,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    after_step: Callable[[], None] | None,
+    epoch: int,
+) -> float:
+    torch.manual_seed(params.seed * 10_007 + epoch)  # order and augmentation depend on the epoch, not on resuming
+    where = next(net.parameters()).device
+    _train_mode(net)
+    total, steps = 0.0, _steps(train, params)
+    loader = _loader(train, params)
+    for images, labels in track(loader, f"epoch {epoch + 1}", steps):
+        images, labels = _to(images, where), labels.to(where)
+        with torch.autocast(where.type, torch.bfloat16, enabled=params.bf16):
+            loss = loss_of(images, net(images), labels)
+        value = float(loss.detach())
+        if value != value or value in (float("inf"), float("-inf")):
+            raise StageError(f"the loss became {value} in epoch {epoch + 1}: lower learning_rate in params.yaml")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        scheduler.step()
+        if after_step:
+            after_step()
+        total += value
+    return total / steps
+
+
+def _loader(train: Images, params: config.Training) -> Iterable[tuple[Tensor, Tensor]]:
+    drop_last = len(train) > params.batch_size  # a last batch of one image would break BatchNorm
+    return DataLoader(train, params.batch_size, shuffle=True, drop_last=drop_last)  # type: ignore[arg-type]
+
+
+def _steps(train: Images, params: config.Training) -> int:
+    return max(1, len(train) // params.batch_size)
+
+
+def _optimizer(
+    net: nn.Module, params: config.Training, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Weight decay on weights only, not on biases and normalisation, as timm does."""
+    trained = [p for p in net.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": params.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer: torch.optim.Optimizer
+    if params.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=params.learning_rate)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=params.learning_rate, momentum=0.9, nesterov=True)
+    steps = max(steps, 1)
+    if params.schedule == "one-cycle":
+        cycle_momentum = params.optimizer == "sgd"
+        return optimizer, torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, params.learning_rate, total_steps=steps, pct_start=0.2, cycle_momentum=cycle_momentum
+        )
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+
+def _train_mode(net: nn.Module) -> None:
+    """Training mode, but for the normalisation of frozen stages, whose statistics must stay too."""
+    net.train()
+    for module in net.modules():
+        own = list(module.parameters(recurse=False))
+        if own and not any(parameter.requires_grad for parameter in own):
+            module.eval()
+
+
+def _stalled(history: list[dict[str, float]], patience: int | None) -> bool:
+    if patience is None or len(history) <= patience:
+        return False
+    before = max(row["val_top1"] for row in history[:-patience])
+    return max(row["val_top1"] for row in history[-patience:]) <= before
+
+
+def _to(images: Tensor, where: torch.device) -> Tensor:
+    return images.to(where, memory_format=torch.channels_last)
+
+
+def _copy(net: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+
+
+def _save(path: Path, **parts: Any) -> None:
+    buffer = io.BytesIO()
+    content = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+    torch.save(content, buffer)
+    files.write_bytes(path, buffer.getvalue())

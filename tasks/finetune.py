@@ -1,0 +1,69 @@
+"""finetune: fit a pretrained backbone to the classes; leaves weights, ONNX, metrics and the history."""
+
+import tempfile
+from pathlib import Path
+
+from torch import nn
+
+from tasks.core import backbone, config, files, masks, paths, training
+from tasks.core.backbone import Spec
+from tasks.core.errors import StageError, run
+from tasks.core.export import export
+
+
+def finetune(
+    net: nn.Module, spec: Spec, params: config.Finetune, train: Path, val: Path, checkpoint: Path
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Train the network in place; returns its val metrics and one history row per epoch."""
+    images = training.Images(train, spec.preprocessing, spec.classes, params.training.augment)
+    held_out = training.Images(val, spec.preprocessing, spec.classes)
+    backbone.freeze(net, params.freeze_stages)
+    net.to(training.device())
+    hold = masks.hold_zeros(net, backbone.head(net)) if params.weights.stage == "prune" else None
+    loss = training.cross_entropy(params.training.label_smoothing)
+    history = training.fit(net, images, held_out, loss, params.training, checkpoint=checkpoint, after_step=hold)
+    top1, val_loss = training.evaluate(net, held_out)
+    return {"val_top1": top1, "val_loss": val_loss, "parameters": sum(p.numel() for p in net.parameters())}, history
+
+
+def start(params: config.Finetune, classes: tuple[str, ...], own_name: str) -> tuple[nn.Module, Spec]:
+    """The network before training, and its description with where the weights come from."""
+    preprocessing = backbone.preprocessing(params.backbone, params.image_size)
+    origin: dict[str, str] = {"source": params.weights.source}
+    with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
+        production = None
+        if params.weights.source == "production":
+            from tasks.core import registry
+
+            # Not a DVC dependency on purpose: else every promotion would make the model stale that it promoted.
+            # What was fetched is recorded in model.json instead.
+            production, name = Path(scratch) / "model.safetensors", params.weights.model or own_name
+            version = registry.fetch(Path.cwd(), name, paths.weights(params.weights.stage), production)
+            origin |= {"model": name, "version": version, "sha256": files.sha256(production)}
+        elif params.weights.source == "file":
+            origin |= {"path": str(params.weights.path), "sha256": files.sha256(Path(str(params.weights.path)))}
+        elif params.weights.source == "packaged":
+            origin |= {"package": backbone.PACKAGE, "sha256": backbone.PACKAGED_SHA256}
+        spec = Spec(backbone=params.backbone, classes=classes, preprocessing=preprocessing, weights=origin)
+        return backbone.pretrained(params, spec, production), spec
+
+
+def main() -> None:
+    params = config.load()
+    verdict = files.read_json(paths.report("validate"))
+    if verdict.get("passed") is not True:
+        raise StageError(f"{paths.report('validate')} says that the data did not pass: nothing is trained on it")
+    training.make_deterministic(params.finetune.training.seed)
+    net, spec = start(params.finetune, params.classes, params.model)
+    checkpoint = training.checkpoint_path("finetune", paths.TRAIN, paths.VAL, params=params.finetune)
+    metrics, history = finetune(net, spec, params.finetune, paths.TRAIN, paths.VAL, checkpoint)
+    backbone.save(net, spec, paths.weights("finetune"), paths.spec("finetune"))
+    export(net, spec, paths.onnx("finetune"))
+    training.write_history(paths.history("finetune"), history)
+    files.write_json(paths.report("finetune"), metrics)
+    training.forget("finetune")
+    print(f"finetune: val top-1 {metrics['val_top1']:.2%} after {len(history)} epochs")
+
+
+if __name__ == "__main__":
+    run(main)

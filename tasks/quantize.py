@@ -1,0 +1,138 @@
+"""quantize: int8 by calibration on training images; leaves a QDQ ONNX whose convolutions all run in integers."""
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+from tasks.core import config, dataset, files, graph, paths, session
+from tasks.core.dataset import Preprocessing
+from tasks.core.errors import StageError, run
+
+BATCH = 32
+QUANTIZED = ("Conv", "Gemm", "MatMul", "Add", "Clip", "Relu", "MaxPool", "AveragePool", "GlobalAveragePool", "Flatten")
+
+
+class Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Feeds calibration images batch by batch; `set_range` lets the histograms be built piece by piece."""
+
+    def __init__(self, images: list[bytes], preprocessing: Preprocessing) -> None:
+        self.images, self.preprocessing = images, preprocessing
+        self.set_range(0, len(images) // BATCH)
+
+    def __len__(self) -> int:
+        return len(self.images) // BATCH
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self.pending = iter(range(start_index, end_index))
+
+    def get_next(self) -> dict[str, npt.NDArray[np.float32]] | None:
+        batch = next(self.pending, None)
+        if batch is None:
+            return None
+        part = self.images[batch * BATCH : (batch + 1) * BATCH]
+        return {"image": np.stack([dataset.tensor(image, self.preprocessing) for image in part])}
+
+
+def calibration_images(train: Path, classes: tuple[str, ...], count: int) -> list[bytes]:
+    """`count` images spread evenly over the train split, rounded down to whole batches; in the order of the split."""
+    images, _ = dataset.read(train, classes)
+    count = min(count, len(images)) // BATCH * BATCH
+    if count == 0:
+        raise StageError(f"{train} has {len(images)} images: calibration needs at least {BATCH}")
+    return [images[index] for index in np.linspace(0, len(images) - 1, count).astype(int)]
+
+
+def quantize(
+    model: Path, images: list[bytes], preprocessing: Preprocessing, params: config.Quantize
+) -> onnx.ModelProto:
+    """int8 QDQ: signed weights per channel, unsigned activations per tensor, ranges by percentile.
+
+    Krishnamoorthi 2018, arXiv:1806.08342, for the scheme. `StageError` if a scale is missing or not finite.
+    """
+    with tempfile.TemporaryDirectory(prefix="weighin-") as scratch, quiet():
+        target = Path(scratch) / "quantized.onnx"
+        quantize_static(
+            model,
+            target,
+            Reader(images, preprocessing),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(QUANTIZED),
+            per_channel=True,
+            reduce_range=params.reduce_range,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.Percentile,
+            extra_options={"CalibPercentile": params.percentile, "CalibStridedMinMax": 1},
+        )
+        quantized = onnx.load(target)
+    properties = {entry.key: entry.value for entry in onnx.load(model).metadata_props}
+    graph.strip(quantized)
+    onnx.helper.set_model_props(quantized, properties)
+    check_scales(quantized)
+    return quantized
+
+
+def check_scales(model: onnx.ModelProto) -> None:
+    """`StageError` names the first tensor whose scale is not a finite number above zero."""
+    constants = graph.initializers(model)
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            scale = numpy_helper.to_array(constants[node.input[1]])
+            if not (np.isfinite(scale) & (scale > 0)).all():
+                raise StageError(f"the range of {node.input[0]} is not finite: calibration cannot set its scale")
+
+
+def float_layers(model: Path) -> list[str]:
+    """Convolutions and matrix products that the graph optimized by ONNX Runtime still computes in float."""
+    heavy = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
+    return [
+        f"{node.op_type} of {node.input[1]}" for node in session.optimized(model).graph.node if node.op_type in heavy
+    ]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the advice and the prints of onnxruntime.quantization."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def main() -> None:
+    params = config.load().quantize
+    source = paths.onnx("prune")
+    preprocessing, classes = session.description(session.open_session(source, threads=1))
+    images = calibration_images(paths.TRAIN, classes, params.calibration_images)
+    print(f"calibrating on {len(images)} images", flush=True)
+    quantized = quantize(source, images, preprocessing, params)
+    with files.replacing(paths.onnx("quantize")) as (temporary,):
+        temporary.write_bytes(quantized.SerializeToString())
+        left = float_layers(temporary)
+        if left:
+            raise StageError(f"{paths.onnx('quantize')} still computes in float: {', '.join(left)}")
+    ready = session.open_session(paths.onnx("quantize"), threads=1)
+    metrics: dict[str, Any] = {
+        "val_top1": session.top1(ready, dataset.batches(paths.VAL, preprocessing, classes, BATCH)),
+        "calibration_images": len(images),
+        "float_layers": 0,
+    }
+    files.write_json(paths.report("quantize"), metrics)
+    print(f"quantize: val top-1 {metrics['val_top1']:.2%}, calibrated on {len(images)} training images")
+
+
+if __name__ == "__main__":
+    run(main)

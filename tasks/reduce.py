@@ -1,0 +1,374 @@
+"""reduce: remove from the quantized ONNX what pruning zeroed, and prove that no logit changes by one bit.
+
+Tensors that must keep the same channels (through Add, activations, pooling, depthwise convolutions, Q/DQ) form a
+class. A channel of a class goes when everything that produces it makes exact zeros, or when everything that
+reads it has zero weights for it. With integer accumulation the removal is exact; that is then checked on every
+test image.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from tasks.core import config, dataset, files, graph, paths, session
+from tasks.core.errors import StageError, run
+from tasks.core.graph import Array, Mask
+
+BATCH = 250
+# These hand each channel on by itself, and zero as zero (Clip only where its range holds zero).
+CHANNELWISE = {
+    "AveragePool",
+    "Clip",
+    "DequantizeLinear",
+    "Flatten",
+    "GlobalAveragePool",
+    "Identity",
+    "MaxPool",
+    "QuantizeLinear",
+    "Relu",
+}
+
+
+@dataclass
+class Layer:
+    """A node with weights: a convolution or a matrix product."""
+
+    node: onnx.NodeProto
+    weight: Array  # the integer or float values; zero means zero
+    bias: Array | None
+    out_axis: int
+    in_axis: int | None  # None for a depthwise convolution
+
+    @property
+    def source(self) -> str:
+        return str(self.node.input[0])
+
+    @property
+    def target(self) -> str:
+        return str(self.node.output[0])
+
+
+@dataclass
+class ChannelClass:
+    """Tensors that share their channels, and the layers that write, carry and read them."""
+
+    channels: int
+    pinned: bool = False
+    producers: list[Layer] = field(default_factory=list)
+    depthwise: list[Layer] = field(default_factory=list)
+    consumers: list[Layer] = field(default_factory=list)
+
+
+def unshare(model: onnx.ModelProto) -> None:
+    """Give every reader its own copy of a constant with more than one value, so that each can be cut by itself."""
+    constants = graph.initializers(model)
+    seen: set[str] = set()
+    for node in model.graph.node:
+        for position, name in enumerate(node.input):
+            tensor = constants.get(name)
+            if tensor is None or not tensor.dims:
+                continue
+            if name in seen:
+                copy = model.graph.initializer.add()
+                copy.CopyFrom(tensor)
+                copy.name = node.input[position] = f"{name}.{len(model.graph.initializer)}"
+            seen.add(name)
+
+
+def layers(model: onnx.ModelProto, constants: graph.Constants) -> list[Layer]:
+    """Nodes with constant weights whose channels can be told apart; others are left to `classes` to pin."""
+    found = []
+    for node in model.graph.node:
+        weight = constants.read(node.input[1]) if len(node.input) > 1 else None
+        if weight is None or constants.read(node.input[0]) is not None:
+            continue
+        bias = constants.read(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        if len(node.input) > 2 and node.input[2] and bias is None:
+            continue
+        groups = graph.attribute(node, "group", 1)
+        if node.op_type == "Conv" and groups == 1:
+            found.append(Layer(node, weight, bias, out_axis=0, in_axis=1))
+        elif node.op_type == "Conv" and groups == weight.shape[0] and weight.shape[1] == 1:
+            found.append(Layer(node, weight, bias, out_axis=0, in_axis=None))
+        elif node.op_type == "Gemm" and not graph.attribute(node, "transA", 0) and (bias is None or bias.ndim == 1):
+            out = 0 if graph.attribute(node, "transB", 0) else 1
+            found.append(Layer(node, weight, bias, out_axis=out, in_axis=1 - out))
+        elif node.op_type == "MatMul" and weight.ndim == 2:
+            found.append(Layer(node, weight, bias, out_axis=1, in_axis=0))
+    return found
+
+
+class Tied:
+    """Union-find over tensor names."""
+
+    def __init__(self) -> None:
+        self.parent: dict[str, str] = {}
+
+    def root(self, name: str) -> str:
+        while self.parent.setdefault(name, name) != name:
+            self.parent[name] = name = self.parent[self.parent[name]]
+        return name
+
+    def join(self, *names: str) -> None:
+        for name in names[1:]:
+            self.parent[self.root(name)] = self.root(names[0])
+
+
+def classes(model: onnx.ModelProto, constants: graph.Constants, found: list[Layer]) -> list[ChannelClass]:
+    """The classes of tensors that share channels; those touched by any node not understood are pinned."""
+    tied, pinned = Tied(), {value.name for value in (*model.graph.input, *model.graph.output)}
+    by_target = {layer.target: layer for layer in found}
+    for node in model.graph.node:
+        layer = by_target.get(node.output[0])
+        activations = [name for name in node.input if name and constants.read(name) is None]
+        if layer is not None:
+            if layer.in_axis is None:
+                tied.join(layer.source, layer.target)
+        elif node.output[0] in constants.dequantized:
+            continue
+        elif node.op_type in CHANNELWISE and len(activations) == 1 and _hands_on(node, constants):
+            tied.join(activations[0], node.output[0])
+        elif node.op_type == "Add" and len(activations) == 2:
+            tied.join(*activations, node.output[0])
+        else:
+            pinned.update(activations, node.output)
+    return _collect(tied, pinned, found)
+
+
+def _hands_on(node: onnx.NodeProto, constants: graph.Constants) -> bool:
+    """True if each channel passes by itself, whatever the other channels are, and a zero stays a zero."""
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        scale = constants.read(node.input[1])
+        return scale is not None and scale.ndim == 0
+    if node.op_type == "Clip":
+        low, high = (constants.read(name) if name else None for name in (*node.input[1:], "", "")[:2])
+        return (low is None or float(low) <= 0) and (high is None or float(high) >= 0)
+    return node.op_type != "Flatten" or graph.attribute(node, "axis", 1) == 1
+
+
+def _collect(tied: Tied, pinned: set[str], found: list[Layer]) -> list[ChannelClass]:
+    members: dict[str, ChannelClass] = defaultdict(lambda: ChannelClass(0))
+    for layer in found:
+        carrier = members[tied.root(layer.target)]
+        carrier.channels = layer.weight.shape[layer.out_axis]
+        (carrier.depthwise if layer.in_axis is None else carrier.producers).append(layer)
+        if layer.in_axis is not None:
+            members[tied.root(layer.source)].consumers.append(layer)
+    for name in pinned:
+        members[tied.root(name)].pinned = True
+    return [member for member in members.values() if not member.pinned and member.producers]
+
+
+def removable(member: ChannelClass) -> Mask:
+    """Channels that can go without changing any result, bool (channels,); at least one always stays."""
+    zero = np.ones(member.channels, bool)
+    for layer in (*member.producers, *member.depthwise):
+        if layer.in_axis is not None:
+            zero &= ~layer.weight.any(axis=_others(layer.weight, layer.out_axis))
+        if layer.bias is not None:
+            zero &= layer.bias == 0
+    unread = np.ones(member.channels, bool)
+    for layer in member.consumers:
+        unread &= ~_per_channel(layer, member.channels).any(axis=1)
+    gone = zero | (unread if member.consumers else False)
+    if gone.all():
+        gone[0] = False
+    return np.asarray(gone, bool)
+
+
+def _others(weight: Array, axis: int) -> tuple[int, ...]:
+    return tuple(other for other in range(weight.ndim) if other != axis)
+
+
+def _per_channel(layer: Layer, channels: int) -> Array:
+    """The reader's weights by channel it reads, (channels, everything else); after Flatten a channel is a run."""
+    return np.moveaxis(layer.weight, int(layer.in_axis or 0), 0).reshape(channels, -1)
+
+
+def remove_channels(model: onnx.ModelProto) -> list[dict[str, Any]]:
+    """Remove every removable channel, in place, until none is left; returns one row per layer and side cut."""
+    unshare(model)
+    before: dict[str, tuple[int, ...]] = {}
+    while True:
+        constants = graph.Constants(model)
+        found = layers(model, constants)
+        for layer in found:
+            before.setdefault(layer.target, layer.weight.shape)
+        cuts = [(member, gone) for member in classes(model, constants, found) if (gone := removable(member)).any()]
+        if not cuts:
+            shapes = [(layer.target, before[layer.target], layer.weight.shape) for layer in found]
+            return [
+                {"layer": name, "weight_before": list(old), "weight_after": list(new)}
+                for name, old, new in shapes
+                if old != new
+            ]
+        for member, gone in cuts[:1]:
+            _cut(member, ~gone, constants)
+
+
+def _cut(member: ChannelClass, kept: Mask, constants: graph.Constants) -> None:
+    for layer in (*member.producers, *member.depthwise):
+        constants.keep(layer.node.input[1], layer.out_axis, kept)
+        if layer.bias is not None:
+            constants.keep(layer.node.input[2], 0, kept)
+    for layer in member.depthwise:
+        next(a for a in layer.node.attribute if a.name == "group").i = int(kept.sum())
+    for layer in member.consumers:
+        run_length = layer.weight.shape[int(layer.in_axis or 0)] // member.channels
+        constants.keep(layer.node.input[1], int(layer.in_axis or 0), np.repeat(kept, run_length))
+
+
+def remove_blocks(model: onnx.ModelProto) -> list[str]:
+    """Remove each Add whose one side is always zero, where its quantized result equals its other side; in place.
+
+    Returns the names of the removed sums. That side and the result must share scale and zero point.
+    """
+    removed = []
+    while (found := _dead_sum(model)) is not None:
+        addition, source, result = found
+        for node in model.graph.node:
+            for position, name in enumerate(node.input):
+                if name == result:
+                    node.input[position] = source
+        removed.append(str(addition.output[0]))
+        drop_dead(model)
+    return removed
+
+
+def _dead_sum(model: onnx.ModelProto) -> tuple[onnx.NodeProto, str, str] | None:
+    constants = graph.Constants(model)
+    makers = {output: node for node in model.graph.node for output in node.output}
+    silent = {layer.target for layer in layers(model, constants) if _is_silent(layer)}
+    for quantizer in (node for node in model.graph.node if node.op_type == "QuantizeLinear"):
+        addition = makers.get(quantizer.input[0])
+        if addition is not None and addition.op_type == "Relu":
+            addition = makers.get(addition.input[0])
+        if addition is None or addition.op_type != "Add":
+            continue
+        for live, dead in (addition.input, reversed(addition.input)):
+            origin = makers.get(live)
+            if origin is None or origin.op_type != "DequantizeLinear" or origin.input[0] not in makers:
+                continue
+            same = all(
+                np.array_equal(constants.read(a), constants.read(b), equal_nan=False)  # type: ignore[arg-type]
+                for a, b in zip(origin.input[1:], quantizer.input[1:], strict=True)
+            )
+            if same and _always_zero(dead, makers, silent, constants):
+                return addition, origin.input[0], quantizer.output[0]
+    return None
+
+
+def _is_silent(layer: Layer) -> bool:
+    return not layer.weight.any() and (layer.bias is None or not layer.bias.any())
+
+
+def _always_zero(name: str, makers: dict[str, onnx.NodeProto], silent: set[str], constants: graph.Constants) -> bool:
+    while name not in silent:
+        node = makers.get(name)
+        if node is None or node.op_type not in CHANNELWISE or not _hands_on(node, constants):
+            return False
+        name = node.input[0]
+    return True
+
+
+def drop_dead(model: onnx.ModelProto) -> int:
+    """Drop nodes whose results nobody reads, in place; returns how many."""
+    dropped = 0
+    while True:
+        read = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
+        dead = [node for node in model.graph.node if not read.intersection(node.output)]
+        for node in dead:
+            model.graph.node.remove(node)
+        dropped += len(dead)
+        if not dead:
+            return dropped
+
+
+def share(model: onnx.ModelProto) -> None:
+    """Keep one copy of constants with the same type, shape and bytes, in place."""
+    first: dict[tuple[Any, ...], str] = {}
+    names: dict[str, str] = {}
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        names[tensor.name] = first.setdefault((tensor.data_type, values.shape, values.tobytes()), tensor.name)
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+
+
+def rename(model: onnx.ModelProto) -> None:
+    """Short names for everything but the inputs and outputs, in place; nobody reads them, everybody ships them."""
+    fixed = {value.name for value in (*model.graph.input, *model.graph.output)} | {""}
+    short: dict[str, str] = {name: name for name in fixed}
+
+    def of(name: str) -> str:
+        return short.setdefault(name, f"{len(short) - len(fixed):x}")
+
+    for node in model.graph.node:
+        node.name = ""
+        node.input[:] = [of(name) for name in node.input]
+        node.output[:] = [of(name) for name in node.output]
+    for tensor in model.graph.initializer:
+        tensor.name = of(tensor.name)
+
+
+def reduce(quantized: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """The same function without what is dead, and the record of what went; the argument stays as it is."""
+    model = onnx.ModelProto()
+    model.CopyFrom(quantized)
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    nodes = len(model.graph.node)
+    sums = remove_blocks(model)
+    cut = remove_channels(model)
+    drop_dead(model)
+    share(model)
+    graph.strip(model)
+    rename(model)
+    onnx.helper.set_model_props(model, {key: value for key, value in properties.items() if key == "weighin"})
+    onnx.checker.check_model(model, full_check=True)
+    record = {"residual_sums_removed": sums, "layers": cut, "nodes_removed": nodes - len(model.graph.node)}
+    return model, record
+
+
+def prove(before: Path, after: Path, test: Path, threads: int) -> int:
+    """Compare the logits of two models bit by bit on every image; returns how many images were compared.
+
+    `StageError` names the first image and logit that differ.
+    """
+    first, second = (session.open_session(path, threads) for path in (before, after))
+    preprocessing, names = session.description(first)
+    count = 0
+    for images, _ in dataset.batches(test, preprocessing, names, BATCH):
+        expected, found = session.logits(first, images), session.logits(second, images)
+        different = np.argwhere(expected.view(np.uint32) != found.view(np.uint32))
+        if len(different):
+            row, column = different[0]
+            raise StageError(
+                f"{after} is not bit-identical to {before}: image {count + row} of {test}, logit {column} "
+                f"({names[column]}) is {found[row, column]!r}, not {expected[row, column]!r}"
+            )
+        count += len(images)
+    return count
+
+
+def main() -> None:
+    config.load()
+    source, target = paths.onnx("quantize"), paths.onnx("reduce")
+    model, record = reduce(onnx.load(source))
+    with files.replacing(target) as (temporary,):
+        temporary.write_bytes(model.SerializeToString())
+        images = prove(source, temporary, paths.TEST, threads=1)
+    sizes = {"size_bytes_before": source.stat().st_size, "size_bytes_after": target.stat().st_size}
+    files.write_json(paths.report("reduce"), {"bit_identical_images": images, **sizes, **record})
+    print(
+        f"reduce: {sizes['size_bytes_before']:,} to {sizes['size_bytes_after']:,} bytes, "
+        f"logits bit-identical on {images} test images"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
