@@ -9,6 +9,7 @@ import hashlib
 import io
 import sqlite3
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -109,6 +110,9 @@ def _idx_pair(images: Path, labels: Path, classes: tuple[str, ...]) -> Iterator[
             png = io.BytesIO()
             Image.frombytes("L", (width, height), raw).save(png, "PNG")
             yield Item(f"{images.name}#{index}", classes[code], png.getvalue())
+        for file, path in ((pixels, images), (codes, labels)):
+            if _read(file, 1, path, exactly=False):  # at its end gzip compares the checksum
+                raise StageError(f"{path} is longer than the {count} items that it declares")
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -122,12 +126,12 @@ def _idx_sizes(file: IO[bytes], path: Path, dimensions: int) -> list[int]:
     return [int.from_bytes(_read(file, 4, path), "big") for _ in range(dimensions)]
 
 
-def _read(file: IO[bytes], count: int, path: Path) -> bytes:
+def _read(file: IO[bytes], count: int, path: Path, exactly: bool = True) -> bytes:
     try:
         data = file.read(count)
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise StageError(f"{path} is damaged: {error}") from None
-    if len(data) != count:
+    if exactly and len(data) != count:
         raise StageError(f"{path} ends too early: {count} more bytes expected, {len(data)} found")
     return data
 
@@ -145,11 +149,16 @@ def parquet_examples(source: Path) -> Iterator[Item]:
         missing = {"image", "label"} - set(file.schema_arrow.names)
         if missing:
             raise StageError(f"{table} has no column {missing.pop()!r}; its columns are {file.schema_arrow.names}")
+        kind = file.schema_arrow.field("image").type
+        kind = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+            raise StageError(f"{table}: column 'image' is {kind}; it has to be encoded bytes or {{bytes, path}}")
+        name = table.relative_to(source).as_posix() if source.is_dir() else table.name
         row = 0
         for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=["image", "label"]):
             for image, label in zip(batch["image"].to_pylist(), batch["label"].to_pylist(), strict=True):
                 data = image["bytes"] if isinstance(image, dict) else image
-                yield Item(f"{table.name}#{row}", str(label), data or b"")
+                yield Item(f"{name}#{row}", str(label), data or b"")
                 row += 1
 
 
@@ -162,7 +171,7 @@ def describe(item: Item) -> dict[str, Any]:
         with Image.open(io.BytesIO(item.image), formats=FORMATS) as opened:
             image = ImageOps.exif_transpose(opened)
             pixels = np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
         row["reason"] = str(error).split(" <_io")[0][:200] or type(error).__name__  # without Pillow's memory address
         return row
     row.update(width=image.width, height=image.height, mode=image.mode, readable=True)
@@ -254,6 +263,8 @@ def _check(database: sqlite3.Connection, params: config.Ingest) -> None:
             f"{params.path}: {corrupt} of {images} images cannot be read, more than "
             f"ingest.max_corrupt_fraction {params.max_corrupt_fraction:g} allows"
         )
+    if corrupt == images:
+        raise StageError(f"{params.path}: none of its {images} images can be read")
     labels = [row[0] for row in database.execute("SELECT DISTINCT label FROM image WHERE pixels IS NOT NULL LIMIT 2")]
     if len(labels) < 2:
         raise StageError(f"{params.path} has one class only ({labels[0]}): a classifier needs at least two")
@@ -274,7 +285,7 @@ def _write_splits(
     try:
         for batch in track(pq.ParquetFile(described).iter_batches(ROWS_PER_GROUP), "writing splits"):
             rows = batch.to_pylist()
-                images: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
+            images: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
             for row in rows:
                 item = next(items, None)
                 if item is None or hashlib.sha256(item.image).hexdigest() != row["sha256"]:

@@ -11,6 +11,7 @@ VAL = PREPARED / "val.parquet"
 TEST = PREPARED / "test.parquet"
 MANIFEST = PREPARED / "manifest.parquet"
 
+RECIPES = DATA / "recipes"
 MODELS = DATA / "models"
 REPORTS = DATA / "reports"
 PLAN = MODELS / "prune" / "plan.json"

@@ -1,0 +1,578 @@
+"""The registry against real git, GTO and DVC: what a decision leaves behind, and what it leaves alone."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.core import paths, registry
+from tasks.core.errors import RegistryError
+from tasks.core.registry import Decision
+
+BIN = Path(sys.executable).parent
+PARAMS = Path(__file__).parents[1] / "params.yaml"
+FILES = {"README.md", "decision.json", "dvc.lock", "dvc.yaml", "metrics.json", "params.yaml", "verdict.json"}
+DVC_YAML = f"""\
+stages:
+  build:
+    cmd: 'true'
+    outs: [{paths.onnx("reduce")}, {paths.weights("finetune")}, {paths.TEST}]
+"""
+
+
+def run(root: Path, *command: str) -> str:
+    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def git(root: Path, *args: str) -> str:
+    return run(root, "git", *args)
+
+
+def dvc(root: Path, *args: str) -> str:
+    return run(root, str(BIN / "dvc"), *args)
+
+
+def gto(root: Path, *args: str) -> str:
+    return run(root, str(BIN / "gto"), *args)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_git(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A git that knows its user and nothing else of the machine's settings."""
+    settings = tmp_path_factory.mktemp("git") / "config"
+    settings.write_text("[user]\nname = Ada\nemail = ada@example.org\n[init]\ndefaultBranch = main\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GIT_CONFIG_GLOBAL", str(settings))
+        patch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+        patch.setenv("DVC_NO_ANALYTICS", "1")
+        patch.setenv("TZ", "UTC")
+        yield
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A committed git and DVC repository with a judged model; tests work on copies of it."""
+    root = tmp_path_factory.mktemp("project")
+    git(root, "init", "--quiet", "--initial-branch=main")
+    dvc(root, "init", "--quiet")
+    shutil.copy(PARAMS, root / "params.yaml")
+    (root / "dvc.yaml").write_text(DVC_YAML)
+    (root / ".gitignore").write_text("data/\n")
+    write(root, paths.weights("finetune"), b"fine-tuned 1")
+    write(root, paths.TEST, b"test images")
+    judge(root, b"model 1")
+    dvc(root, "commit", "--force", "--quiet")
+    git(root, "add", ".")
+    git(root, "commit", "--quiet", "-m", "Begin")
+    return root
+
+
+@pytest.fixture
+def root(project: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(project, tmp_path / "root", symlinks=True))
+
+
+def write(root: Path, path: Path, data: bytes) -> None:
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_bytes(data)
+
+
+def judge(root: Path, model: bytes, good: bool = True, **changes: Any) -> None:
+    """Lay a model in `root` and the gate's verdict on it; `changes` to the verdict's keys, None takes one out."""
+    write(root, paths.onnx("reduce"), model)
+    verdict: dict[str, Any] = {
+        "passed": good,
+        "checks": [
+            {"name": "top1", "value": 0.912, "operator": ">=", "limit": 0.895, "passed": True},
+            {"name": "size", "value": 1_400_000, "operator": "<=", "limit": 1_348_000, "passed": good},
+        ],
+        "model_sha256": hashlib.sha256(model).hexdigest(),
+        "data_sha256": hashlib.sha256((root / paths.TEST).read_bytes()).hexdigest(),
+    }
+    verdict = {key: value for key, value in (verdict | changes).items() if value is not None}
+    numbers = {"top1": 0.912, "size_bytes": 1_112_345, "zst_bytes": 900_000, "latency_p50_ms": 0.2625}
+    write(root, paths.report("gate"), json.dumps(verdict).encode())
+    write(root, paths.report("benchmark"), json.dumps({"stages": {"finetune": numbers, "reduce": numbers}}).encode())
+
+
+def decide(root: Path, model: bytes, good: bool = True, name: str = "classifier") -> Decision:
+    judge(root, model, good)
+    decision, new = registry.record(root, name)
+    assert new
+    return decision
+
+
+def refs(root: Path) -> str:
+    return git(root, "for-each-ref")
+
+
+def show(root: Path, name: str, rev: str = "registry") -> str:
+    return git(root, "show", f"{rev}:{name}")
+
+
+def chain(root: Path) -> list[Decision]:
+    """Every decision on the branch, the first one first; each must name its only parent as the previous one."""
+    decisions = []
+    for line in git(root, "rev-list", "--reverse", "--parents", "registry").splitlines():
+        commit, *parents = line.split()
+        decision = Decision.model_validate_json(show(root, "decision.json", commit))
+        assert parents == ([decision.previous] if decision.previous else [])
+        decisions.append(decision)
+    return decisions
+
+
+def test_promotions_and_refusals_are_one_chain_and_promotions_are_tagged(root: Path) -> None:
+    first = decide(root, b"model 1")
+    refusal = decide(root, b"model 2", good=False)
+    second = decide(root, b"model 3")
+
+    assert [first.version, refusal.version, second.version] == ["v0.1.0", None, "v0.2.0"]
+    assert [first.replaces, refusal.replaces, second.replaces] == [None, None, "v0.1.0"]
+    assert [first.outcome, refusal.outcome, second.outcome] == ["promoted", "refused", "promoted"]
+    assert [first.failed, refusal.failed] == [(), ("size",)]
+    assert chain(root) == [first, refusal, second]
+    assert git(root, "tag").split() == [
+        "classifier#production#1",
+        "classifier#production#2",
+        "classifier@v0.1.0",
+        "classifier@v0.2.0",
+    ]
+    for tag, commit in {"@v0.1.0": "registry~2", "#production#1": "registry~2", "#production#2": "registry"}.items():
+        assert git(root, "cat-file", "-t", f"classifier{tag}") == "tag"
+        assert git(root, "rev-parse", f"classifier{tag}^{{commit}}") == git(root, "rev-parse", commit)
+    assert registry.latest(root, "classifier") == registry.production(root, "classifier") == second
+
+
+def test_the_commit_carries_the_record_and_what_brings_the_model_back(root: Path) -> None:
+    decision = decide(root, b"model 1")
+    assert set(git(root, "ls-tree", "-r", "--name-only", "registry").split()) == {*FILES, ".dvc/config"}
+    for name, path in registry.CARRIED.items():
+        blob = subprocess.run(["git", "show", f"registry:{name}"], cwd=root, check=True, capture_output=True).stdout
+        assert blob == (root / path).read_bytes()
+    assert decision.verdict_sha256 == hashlib.sha256((root / paths.report("gate")).read_bytes()).hexdigest()
+    assert decision.code.commit == git(root, "rev-parse", "HEAD")
+    assert decision.previous is None
+    assert git(root, "log", "-1", "--format=%an <%ae>, %cn <%ce>, %s", "registry") == (
+        "Ada <ada@example.org>, Ada <ada@example.org>, classifier: promoted v0.1.0"
+    )
+    seconds = git(root, "log", "-1", "--date=format-local:%Y-%m-%dT%H:%M:%SZ", "--format=%ad %cd", "registry")
+    assert seconds == f"{decision.created} {decision.created}"
+    git(root, "fsck", "--strict")
+
+
+def test_the_model_card_tells_what_was_decided_and_why(root: Path) -> None:
+    decision = decide(root, b"model 1", good=False)
+    card = show(root, "README.md")
+    for text in (
+        "# classifier (refused)",
+        "RGB images, 64x64 pixels, each of one class: t-shirt, trouser,",
+        "| reduce | 91.20% | 1,112,345 B | 0.263 ms |",
+        "| top1 | 0.912 | >= | 0.895 | yes |",
+        "| size | 1400000 | <= | 1348000 | no |",
+        f"`{decision.model_sha256}`",
+        f"`{decision.data_sha256}`",
+        f"`{decision.code.commit}`",
+        "licence",
+    ):
+        assert text in card
+
+
+def test_a_pipe_does_not_break_the_cards_table(root: Path) -> None:
+    check = {"name": "recall|bag", "value": None, "operator": ">=", "limit": 0.6, "passed": False}
+    judge(root, b"model 1", checks=[check])
+    registry.record(root, "classifier")
+    assert r"| recall\|bag | None | >= | 0.6 | no |" in show(root, "README.md")
+
+
+def test_the_users_branch_index_and_work_tree_stay_untouched(root: Path) -> None:
+    (root / "params.yaml").write_text(PARAMS.read_text() + "# staged\n")
+    git(root, "add", "params.yaml")
+    (root / "notes.txt").write_text("not tracked")
+    os.utime(root / "dvc.yaml", (1, 1))  # the index is stale now: git would like to refresh it
+    index = (root / ".git/index").read_bytes()
+    decide(root, b"model 1")
+    assert (root / ".git/index").read_bytes() == index
+    assert git(root, "symbolic-ref", "HEAD") == "refs/heads/main"
+    assert git(root, "rev-list", "--count", "HEAD") == "1"
+    assert git(root, "status", "--porcelain").split("\n") == ["M  params.yaml", "?? notes.txt"]
+
+
+def test_code_is_dirty_only_by_what_the_decision_does_not_carry(root: Path) -> None:
+    (root / "dvc.lock").write_text((root / "dvc.lock").read_text() + "# a retrain rewrites it\n")
+    assert not decide(root, b"model 1").code.dirty
+    git(root, "config", "status.showUntrackedFiles", "no")
+    (root / "stage.py").write_text("an edit")
+    assert decide(root, b"model 2").code.dirty
+
+
+def test_an_unchanged_verdict_is_not_recorded_twice(root: Path) -> None:
+    decision = decide(root, b"model 1")
+    before = refs(root)
+    assert registry.record(root, "classifier") == (decision, False)
+    assert refs(root) == before
+    decide(root, b"model 2", good=False)
+    again = decide(root, b"model 1")  # no longer the latest decision, so it is one anew
+    assert again.version == "v0.2.0"
+
+
+def test_models_share_the_branch_and_count_on_their_own(root: Path) -> None:
+    first = decide(root, b"model 1")
+    other = decide(root, b"model 1", name="class")
+    assert (first.version, other.version, other.replaces) == ("v0.1.0", "v0.1.0", None)
+    assert registry.latest(root, "classifier") == first
+    assert registry.latest(root, "class") == registry.production(root, "class") == other
+    assert registry.record(root, "classifier") == (first, False)
+    assert registry.latest(root, "nobody") is registry.production(root, "nobody") is None
+    assert chain(root) == [first, other]
+
+
+def test_versions_and_assignments_are_ordered_as_numbers(root: Path) -> None:
+    decisions = [decide(root, f"model {number}".encode()) for number in range(11)]
+    assert decisions[-1].version == "v0.11.0"
+    assert decisions[-1].replaces == "v0.10.0"
+    assert registry.production(root, "classifier") == decisions[-1]
+
+
+@pytest.mark.parametrize(("path", "other"), [(paths.onnx("reduce"), "another model"), (paths.TEST, "other data")])
+def test_a_verdict_of_something_else_is_no_decision(root: Path, path: Path, other: str) -> None:
+    decide(root, b"model 1")
+    judge(root, b"model 2")
+    before = refs(root)
+    (root / path).write_bytes(b"tampered with")
+    with pytest.raises(RegistryError, match=f"the verdict judged {other} than {path}"):
+        registry.record(root, "classifier")
+    (root / path).unlink()
+    with pytest.raises(RegistryError, match="missing"):
+        registry.record(root, "classifier")
+    assert refs(root) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"checks": None},
+        {"checks": []},
+        {"passed": "yes"},
+        {"passed": 1},
+        {"passed": None},
+        {"checks": [{"name": "top1", "value": 1, "operator": ">=", "limit": 0, "passed": "true"}]},
+        {"checks": [{"name": "top1", "value": 1, "operator": ">=", "limit": 0}]},
+        {"model_sha256": None},
+        {"data_sha256": "0" * 63},
+    ],
+)
+def test_a_malformed_verdict_is_an_error(root: Path, changes: dict[str, Any]) -> None:
+    judge(root, b"model 1", **changes)
+    with pytest.raises(RegistryError, match=r"gate\.json is malformed"):
+        registry.record(root, "classifier")
+    assert "registry" not in refs(root)
+
+
+@pytest.mark.parametrize("name", ["gate", "benchmark"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"passed": true', b"\xff", b'{"stages": {"reduce": {}}}'])
+def test_a_damaged_report_is_an_error(root: Path, name: str, content: bytes) -> None:
+    write(root, paths.report(name), content)
+    with pytest.raises(RegistryError, match=rf"{name}\.json is malformed"):
+        registry.record(root, "classifier")
+    assert "registry" not in refs(root)
+
+
+@pytest.mark.parametrize("passed", [(True, False), (False, True)])
+def test_a_verdict_at_odds_with_its_checks_is_a_refusal(root: Path, passed: tuple[bool, bool]) -> None:
+    check = {"name": "top1", "value": 0.9, "operator": ">=", "limit": 0.8, "passed": passed[1]}
+    judge(root, b"model 1", passed=passed[0], checks=[check])
+    decision, _ = registry.record(root, "classifier")
+    assert (decision.outcome, decision.version) == ("refused", None)
+    assert git(root, "tag") == ""
+
+
+@pytest.mark.parametrize("path", ["params.yaml", "dvc.lock", ".dvc/config", "data/reports/gate.json"])
+def test_a_missing_file_is_named(root: Path, path: str) -> None:
+    (root / path).unlink()
+    with pytest.raises(RegistryError, match=f"{path} is missing"):
+        registry.record(root, "classifier")
+
+
+def test_a_decision_is_coherent() -> None:
+    fields: dict[str, Any] = dict.fromkeys(("model_sha256", "data_sha256", "verdict_sha256"), "0" * 64) | {
+        "model": "classifier",
+        "previous": None,
+        "replaces": None,
+        "created": "2026-01-31T00:00:00Z",
+        "code": {"commit": None, "dirty": True},
+    }
+    Decision(**fields, outcome="promoted", version="v0.1.0", failed=())
+    for wrong in (("promoted", None, ()), ("promoted", "v0.1.0", ("size",)), ("refused", "v0.1.0", ("size",))):
+        with pytest.raises(ValueError, match="a promotion has a version"):
+            Decision(**fields, **dict(zip(("outcome", "version", "failed"), wrong, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "ref", ["refs/heads/registry", "refs/tags/classifier@v0.2.0", "refs/tags/classifier#production#2"]
+)
+def test_no_ref_moves_if_one_cannot(root: Path, ref: str) -> None:
+    decide(root, b"model 1")
+    before = refs(root)
+    (root / ".git" / f"{ref}.lock").touch()
+    judge(root, b"model 2")
+    with pytest.raises(RegistryError, match="another decision reached the registry first"):
+        registry.record(root, "classifier")
+    (root / ".git" / f"{ref}.lock").unlink()
+    assert refs(root) == before
+    assert registry.record(root, "classifier")[0].version == "v0.2.0"
+
+
+def meanwhile(tmp_path: Path, patch: pytest.MonkeyPatch, command: str) -> None:
+    """Put a `git` on PATH that runs `command` once a recorder has read the registry and makes its commit."""
+    shim, real = tmp_path / "bin/git", shutil.which("git")
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\ncase "$*" in *commit-tree*) {real} -C "$2" {command};; esac\nexec {real} "$@"\n')
+    shim.chmod(0o755)
+    patch.setenv("PATH", f"{shim.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_tag_that_came_between_is_left_as_it_is(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        meanwhile(tmp_path, patch, "tag classifier@v0.1.0")
+        with pytest.raises(RegistryError, match="another decision reached the registry first"):
+            registry.record(root, "classifier")
+    assert refs(root).split()[2::3] == ["refs/heads/main", "refs/tags/classifier@v0.1.0"]
+    assert git(root, "rev-parse", "classifier@v0.1.0") == git(root, "rev-parse", "main")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_decision_that_came_between_wins(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    if not first:
+        decide(root, b"model 1")
+    before = refs(root)
+    rival = tmp_path / "rival"
+    git(tmp_path, "clone", "--quiet", str(root), str(rival))
+    shutil.copytree(root / "data", rival / "data")
+    decide(rival, b"rival", good=False)
+
+    judge(root, b"model 2")
+    with monkeypatch.context() as patch:
+        meanwhile(tmp_path, patch, f"fetch --quiet --no-tags {rival} registry:registry")
+        with pytest.raises(RegistryError, match="another decision reached the registry first"):
+            registry.record(root, "classifier")
+    assert git(root, "tag") == "\n".join(line.split("refs/tags/")[1] for line in before.splitlines() if "tags" in line)
+    assert git(root, "rev-parse", "registry") == git(rival, "rev-parse", "registry")
+    assert registry.record(root, "classifier")[1]
+    assert [decision.outcome for decision in chain(root)][-2:] == ["refused", "promoted"]
+
+
+def test_recorders_at_the_same_time_make_one_chain(root: Path, tmp_path: Path) -> None:
+    """Two work trees of one repository decide at once, again and again: each time each one wins or is told."""
+    git(root, "worktree", "add", "--quiet", "--detach", str(tmp_path / "other"))
+    roots = (root, Path(shutil.copytree(root, tmp_path / "other", dirs_exist_ok=True, ignore=lambda *_: {".git"})))
+    recorded: list[Decision] = []
+    lost: list[RegistryError] = []
+
+    def recorder(where: Path, start: threading.Barrier) -> None:
+        start.wait()
+        try:
+            recorded.append(registry.record(where, "classifier")[0])
+        except RegistryError as error:
+            lost.append(error)
+
+    for number in range(6):
+        start = threading.Barrier(2)
+        for where in roots:
+            judge(where, f"model {number} in {where.name}".encode(), good=number % 3 != 2)
+        threads = [threading.Thread(target=recorder, args=(where, start)) for where in roots]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    assert len(recorded) + len(lost) == 12
+    assert all("reached the registry first" in str(error) for error in lost)
+    assert len(recorded) >= 6
+    decisions = chain(root)
+    assert sorted(decisions, key=str) == sorted(recorded, key=str)
+    versions = [decision.version for decision in decisions if decision.version]
+    assert versions == [f"v0.{number + 1}.0" for number in range(len(versions))]
+    assert len(git(root, "tag").split()) == 2 * len(versions)
+
+
+def test_without_an_identity_weighin_signs_as_itself(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    git(root, "config", "user.useConfigOnly", "true")  # else git may make up an identity from the host's name
+    decide(root, b"model 1")
+    assert git(root, "log", "-1", "--format=%an <%ae> %cn <%ce>", "registry") == " ".join(
+        ["Weighin <weighin@localhost>"] * 2
+    )
+    assert "tagger Weighin <weighin@localhost>" in git(root, "cat-file", "tag", "classifier@v0.1.0")
+    monkeypatch.setenv("GIT_AUTHOR_NAME", "Grace")
+    monkeypatch.setenv("GIT_AUTHOR_EMAIL", "grace@example.org")
+    decide(root, b"model 2")
+    assert git(root, "log", "-1", "--format=%an, %cn", "registry") == "Grace, Weighin"
+
+
+def test_the_users_settings_and_hooks_do_not_matter(root: Path, tmp_path: Path) -> None:
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    for name in ("reference-transaction", "pre-commit", "commit-msg"):
+        (hooks / name).write_text("#!/bin/sh\nexit 1\n")
+        (hooks / name).chmod(0o755)
+    for key, value in {
+        "core.hooksPath": str(hooks),
+        "commit.gpgSign": "true",
+        "tag.gpgSign": "true",
+        "gpg.program": "false",
+        "core.autocrlf": "true",
+        "core.safecrlf": "true",
+        "i18n.commitEncoding": "ISO-8859-1",
+        "status.showUntrackedFiles": "no",
+    }.items():
+        git(root, "config", key, value)
+    verdict = (root / paths.report("gate")).read_bytes().replace(b", ", b",\r\n")
+    (root / paths.report("gate")).write_bytes(verdict)
+    assert registry.record(root, "classifier")[0].version == "v0.1.0"
+    blob = subprocess.run(["git", "show", "registry:verdict.json"], cwd=root, check=True, capture_output=True).stdout
+    assert blob == verdict
+    assert "encoding" not in git(root, "cat-file", "commit", "registry")
+
+
+def test_the_repository_is_the_roots_own_when_git_is_the_caller(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git(tmp_path, "init", "--quiet", "elsewhere")
+    with monkeypatch.context() as patch:  # as a hook of another repository would have it
+        patch.setenv("GIT_DIR", str(tmp_path / "elsewhere/.git"))
+        patch.setenv("GIT_INDEX_FILE", str(tmp_path / "elsewhere/.git/index"))
+        registry.record(root, "classifier")
+    assert "refs/heads/registry" in refs(root)
+
+
+def test_a_detached_head_decides_too(root: Path) -> None:
+    git(root, "checkout", "--quiet", "--detach")
+    assert decide(root, b"model 1").code.commit == git(root, "rev-parse", "HEAD")
+
+
+def test_a_shallow_clone_decides_too(root: Path, tmp_path: Path) -> None:
+    git(root, "commit", "--quiet", "--allow-empty", "-m", "More")
+    git(tmp_path, "clone", "--quiet", "--depth", "1", f"file://{root}", "shallow")
+    shutil.copytree(root / "data", tmp_path / "shallow/data")
+    assert decide(tmp_path / "shallow", b"model 1").version == "v0.1.0"
+
+
+def test_a_fresh_clone_goes_on_where_its_origin_is(root: Path, tmp_path: Path) -> None:
+    first = decide(root, b"model 1")
+    git(tmp_path, "clone", "--quiet", f"file://{root}", "clone")
+    clone = tmp_path / "clone"
+    shutil.copytree(root / "data", clone / "data")
+    assert registry.latest(clone, "classifier") == registry.production(clone, "classifier") == first
+    assert registry.record(clone, "classifier") == (first, False)
+    second = decide(clone, b"model 2")
+    assert chain(clone) == [first, second]
+    assert second.version == "v0.2.0"
+
+
+def test_a_clone_that_lacks_part_of_the_registry_is_told(root: Path, tmp_path: Path) -> None:
+    decide(root, b"model 1")
+    decide(root, b"model 2")
+    git(tmp_path, "clone", "--quiet", "--depth", "1", "--no-single-branch", "--no-tags", f"file://{root}", "cut")
+    cut = Path(shutil.copytree(root / "data", tmp_path / "cut/data")).parent
+    with pytest.raises(RegistryError, match="git cat-file did not work"):
+        registry.latest(cut, "another")  # the search meets the end of the clone, not of the registry
+    judge(cut, b"model 3")
+    with pytest.raises(RegistryError, match=r"the tag classifier@v0\.2\.0 of a recorded promotion is missing"):
+        registry.record(cut, "classifier")
+
+
+def test_a_folder_that_cannot_keep_decisions_is_told(root: Path) -> None:
+    shutil.rmtree(root / ".git")
+    for call in (registry.record, registry.latest, registry.production):
+        with pytest.raises(RegistryError, match="not a git repository"):
+            call(root, "classifier")
+    git(root, "init", "--quiet")
+    assert registry.latest(root, "classifier") is registry.production(root, "classifier") is None
+    with pytest.raises(RegistryError, match="has no commit yet"):
+        registry.record(root, "classifier")
+
+
+def test_gto_shows_versions_and_their_history(root: Path) -> None:
+    decide(root, b"model 1")
+    decide(root, b"model 2", good=False)
+    decide(root, b"model 3")
+    shown = json.loads(gto(root, "show", "--json"))["classifier"]
+    assert (shown["version"], shown["stage"]) == ("v0.2.0", {"production": "v0.2.0"})
+    assert gto(root, "show", "classifier@latest", "--version") == "v0.2.0"
+    assert gto(root, "show", "classifier#production", "--version") == "v0.2.0"
+    events = json.loads(gto(root, "history", "classifier", "--json"))
+    refs_of = {event["ref"]: (event["event"], event["version"]) for event in events}
+    assert refs_of == {
+        "classifier@v0.1.0": ("registration", "v0.1.0"),
+        "classifier@v0.2.0": ("registration", "v0.2.0"),
+        "classifier#production#1": ("assignment", "v0.1.0"),
+        "classifier#production#2": ("assignment", "v0.2.0"),
+    }
+    commits = {event["commit"] for event in events}
+    assert commits == {git(root, "rev-parse", rev) for rev in ("registry", "registry~2")}
+
+
+def test_dvc_brings_every_promoted_model_back(root: Path, tmp_path: Path) -> None:
+    decide(root, b"model 1")
+    judge(root, b"model 2")
+    write(root, paths.weights("finetune"), b"fine-tuned 2")
+    dvc(root, "commit", "--force", "--quiet")
+    registry.record(root, "classifier")
+    for number in (1, 2):
+        target = tmp_path / f"{number}.onnx"
+        dvc(
+            tmp_path,
+            "get",
+            str(root),
+            str(paths.onnx("reduce")),
+            "--rev",
+            f"classifier@v0.{number}.0",
+            "-o",
+            str(target),
+        )
+        assert target.read_bytes() == f"model {number}".encode()
+
+
+def test_fetch_copies_a_file_of_the_version_in_production(root: Path, tmp_path: Path) -> None:
+    target = tmp_path / "fetched" / "start.safetensors"
+    with pytest.raises(RegistryError, match="classifier has no version in production"):
+        registry.fetch(root, "classifier", paths.weights("finetune"), target)
+    decide(root, b"model 1")
+    write(root, paths.weights("finetune"), b"fine-tuned 2")
+    dvc(root, "commit", "--force", "--quiet")
+    git(root, "commit", "--quiet", "--all", "-m", "Retrain")
+    decide(root, b"model 2", good=False)
+    assert registry.fetch(root, "classifier", paths.weights("finetune"), target) == "v0.1.0"
+    assert target.read_bytes() == b"fine-tuned 1"
+
+
+def test_fetch_that_cannot_bring_the_file_leaves_the_target_alone(root: Path, tmp_path: Path) -> None:
+    target = tmp_path / "start.safetensors"
+    target.write_bytes(b"before")
+    decide(root, b"model 1")
+    with pytest.raises(RegistryError, match=r"nothing\.bin of classifier@v0\.1\.0 cannot be brought"):
+        registry.fetch(root, "classifier", Path("data/nothing.bin"), target)
+    md5 = hashlib.md5(b"fine-tuned 1", usedforsecurity=False).hexdigest()
+    cached = root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+    cached.chmod(0o644)
+    cached.write_bytes(b"fine-tuned !")
+    with pytest.raises(RegistryError, match="is damaged"):
+        registry.fetch(root, "classifier", paths.weights("finetune"), target)
+    cached.unlink()
+    with pytest.raises(RegistryError, match="cannot be brought"):
+        registry.fetch(root, "classifier", paths.weights("finetune"), target)
+    assert target.read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
