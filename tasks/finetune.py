@@ -55,7 +55,7 @@ def main() -> None:
         raise StageError(f"{paths.report('validate')} says that the data did not pass: nothing is trained on it")
     training.make_deterministic(params.finetune.training.seed)
     net, spec = start(params.finetune, params.classes, params.model)
-    checkpoint = training.checkpoint_path("finetune", paths.TRAIN, paths.VAL, params=params.finetune)
+    checkpoint = training.checkpoint_path("finetune", paths.TRAIN, paths.VAL, params=params.finetune, spec=spec)
     metrics, history = finetune(net, spec, params.finetune, paths.TRAIN, paths.VAL, checkpoint)
     backbone.save(net, spec, paths.weights("finetune"), paths.spec("finetune"))
     export(net, spec, paths.onnx("finetune"))

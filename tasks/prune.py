@@ -85,14 +85,14 @@ def prune(
     head = backbone.head(teacher)
     slim = copy.deepcopy(teacher)
     plan = decide(slim, params, held_out, head)
+    example = torch.stack([held_out[index][0] for index in range(2)])
+    full = masked(teacher, slim, plan["channels"], example)  # refuses, if at all, before hours of recovery
     history: list[dict[str, float]] = []
     if params.recovery:
         images = training.Images(train, spec.preprocessing, spec.classes, params.recovery.training.augment)
-        hold = masks.hold_zeros(slim, head)
+        hold = masks.hold_zeros(slim.to(training.device()), head)
         history = recover(slim, teacher, params.recovery, images, held_out, checkpoint=checkpoint, after_step=hold)
-    full = copy.deepcopy(teacher)
-    masks.scatter(slim, full, plan["channels"])
-    _same_function(slim, full, torch.stack([held_out[index][0] for index in range(2)]))
+        full = masked(teacher, slim, plan["channels"], example)
     return full, plan, history
 
 
@@ -107,12 +107,16 @@ def readable(removed: masks.Removed) -> dict[str, dict[str, str]]:
     return {name: {side: ranges(numbers) for side, numbers in sides.items()} for name, sides in removed.items()}
 
 
-@torch.inference_mode()
-def _same_function(slim: nn.Module, full: nn.Module, images: Tensor) -> None:
+@torch.no_grad()
+def masked(teacher: nn.Module, slim: nn.Module, removed: masks.Removed, images: Tensor) -> nn.Module:
+    """The slim network's function in the teacher's shape; `StageError` if the images tell them apart."""
+    full = copy.deepcopy(teacher)
+    masks.scatter(slim, full, removed)
     expected, found = slim.eval()(images), full.eval()(images)
     if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
         gap = float((expected - found).abs().max())
         raise StageError(f"the masked network differs from the slim one by {gap:g}: this backbone cannot be masked")
+    return full
 
 
 def sparsity(net: nn.Module) -> dict[str, int]:
@@ -129,7 +133,7 @@ def main() -> None:
     teacher, spec = backbone.load(paths.weights("finetune"), paths.spec("finetune"))
     training.make_deterministic(params.recovery.training.seed if params.recovery else 0)
     inputs = (paths.TRAIN, paths.VAL, paths.weights("finetune"))
-    checkpoint = training.checkpoint_path("prune", *inputs, params=params)
+    checkpoint = training.checkpoint_path("prune", *inputs, params=params, spec=spec)
     net, plan, history = prune(teacher, spec, params, paths.TRAIN, paths.VAL, checkpoint)
     top1, loss = training.evaluate(net, training.Images(paths.VAL, spec.preprocessing, spec.classes))
     metrics = {"val_top1": top1, "val_loss": loss, **sparsity(net)}

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,23 +58,26 @@ def quantize(
 ) -> onnx.ModelProto:
     """int8 QDQ: signed weights per channel, unsigned activations per tensor, ranges by percentile.
 
-    Krishnamoorthi 2018, arXiv:1806.08342, for the scheme. `StageError` if a scale is missing or not finite.
+    Krishnamoorthi 2018, arXiv:1806.08342, for the scheme. `StageError` if a range is missing or not finite.
     """
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch, quiet():
         target = Path(scratch) / "quantized.onnx"
-        quantize_static(
-            model,
-            target,
-            Reader(images, preprocessing),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(QUANTIZED),
-            per_channel=True,
-            reduce_range=params.reduce_range,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.Percentile,
-            extra_options={"CalibPercentile": params.percentile, "CalibStridedMinMax": 1},
-        )
+        try:
+            quantize_static(
+                model,
+                target,
+                Reader(images, preprocessing),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=list(QUANTIZED),
+                per_channel=True,
+                reduce_range=params.reduce_range,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.Percentile,
+                extra_options={"CalibPercentile": params.percentile, "CalibStridedMinMax": 1},
+            )
+        except ValueError as error:
+            raise StageError(f"{model} cannot be calibrated on these images: {error}") from None
         quantized = onnx.load(target)
     properties = {entry.key: entry.value for entry in onnx.load(model).metadata_props}
     graph.strip(quantized)
@@ -102,11 +106,11 @@ def float_layers(model: Path) -> list[str]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the advice and the prints of onnxruntime.quantization."""
+    """Without the advice, the warnings and the prints of onnxruntime.quantization."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(previous)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from tasks.core import paths, registry
 from tasks.core.errors import RegistryError
@@ -24,7 +25,8 @@ DVC_YAML = f"""\
 stages:
   build:
     cmd: 'true'
-    outs: [{paths.onnx("reduce")}, {paths.weights("finetune")}, {paths.TEST}]
+    outs: [{paths.onnx("reduce")}, {paths.weights("finetune")}, {paths.TEST},
+           {paths.report("gate")}, {paths.report("benchmark")}]
 """
 
 
@@ -69,6 +71,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root, paths.weights("finetune"), b"fine-tuned 1")
     write(root, paths.TEST, b"test images")
     judge(root, b"model 1")
+    (root / "dvc.lock").unlink()
     dvc(root, "commit", "--force", "--quiet")
     git(root, "add", ".")
     git(root, "commit", "--quiet", "-m", "Begin")
@@ -101,6 +104,19 @@ def judge(root: Path, model: bytes, good: bool = True, **changes: Any) -> None:
     numbers = {"top1": 0.912, "size_bytes": 1_112_345, "zst_bytes": 900_000, "latency_p50_ms": 0.2625}
     write(root, paths.report("gate"), json.dumps(verdict).encode())
     write(root, paths.report("benchmark"), json.dumps({"stages": {"finetune": numbers, "reduce": numbers}}).encode())
+    lock(root)
+
+
+def lock(root: Path) -> None:
+    """Let dvc.lock name the files as they are, as a run of the stages does, but at once."""
+    path = root / "dvc.lock"
+    content = YAML(typ="safe").load(path.read_text()) if path.exists() else {"stages": {}}
+    for stage in content["stages"].values():
+        for out in stage["outs"]:
+            data = (root / out["path"]).read_bytes()
+            out |= {"md5": hashlib.md5(data, usedforsecurity=False).hexdigest(), "size": len(data)}
+    with path.open("w") as file:
+        YAML().dump(content, file)
 
 
 def decide(root: Path, model: bytes, good: bool = True, name: str = "classifier") -> Decision:
@@ -205,6 +221,19 @@ def test_the_users_branch_index_and_work_tree_stay_untouched(root: Path) -> None
     assert git(root, "status", "--porcelain").split("\n") == ["M  params.yaml", "?? notes.txt"]
 
 
+@pytest.mark.parametrize("path", [paths.onnx("reduce"), paths.TEST, paths.report("benchmark"), paths.report("gate")])
+def test_a_lock_that_names_another_file_decides_nothing(root: Path, path: Path) -> None:
+    judge(root, b"model 1")
+    text = (root / "dvc.lock").read_text()
+    found = hashlib.md5((root / path).read_bytes(), usedforsecurity=False).hexdigest()
+    assert found in text
+    (root / "dvc.lock").write_text(text.replace(found, "0" * 32))
+    before = refs(root)
+    with pytest.raises(RegistryError, match=f"dvc.lock does not name {path} as it is now"):
+        registry.record(root, "classifier")
+    assert refs(root) == before
+
+
 def test_code_is_dirty_only_by_what_the_decision_does_not_carry(root: Path) -> None:
     (root / "dvc.lock").write_text((root / "dvc.lock").read_text() + "# a retrain rewrites it\n")
     assert not decide(root, b"model 1").code.dirty
@@ -280,6 +309,7 @@ def test_a_malformed_verdict_is_an_error(root: Path, changes: dict[str, Any]) ->
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"passed": true', b"\xff", b'{"stages": {"reduce": {}}}'])
 def test_a_damaged_report_is_an_error(root: Path, name: str, content: bytes) -> None:
     write(root, paths.report(name), content)
+    lock(root)
     with pytest.raises(RegistryError, match=rf"{name}\.json is malformed"):
         registry.record(root, "classifier")
     assert "registry" not in refs(root)
@@ -441,6 +471,7 @@ def test_the_users_settings_and_hooks_do_not_matter(root: Path, tmp_path: Path) 
         git(root, "config", key, value)
     verdict = (root / paths.report("gate")).read_bytes().replace(b", ", b",\r\n")
     (root / paths.report("gate")).write_bytes(verdict)
+    lock(root)
     assert registry.record(root, "classifier")[0].version == "v0.1.0"
     blob = subprocess.run(["git", "show", "registry:verdict.json"], cwd=root, check=True, capture_output=True).stdout
     assert blob == verdict

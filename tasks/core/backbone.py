@@ -1,7 +1,9 @@
 """Networks and where their weights come from."""
 
+import difflib
 import importlib.metadata
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import group_parameters
 from torch import Tensor, nn
@@ -67,18 +69,24 @@ class LeNet5(nn.Sequential):
         )
 
 
+LENET5_MIN_SIZE = 16
 CLASSICS = {"mlp": (128,), "lenet-300-100": (300, 100), "lenet-5": ()}
 
 
 def preprocessing(backbone: str, image_size: int) -> Preprocessing:
     """The input a backbone was made for, at the wanted size; `StageError` if the name is unknown."""
+    if backbone == "lenet-5" and image_size < LENET5_MIN_SIZE:
+        raise StageError(f"finetune.image_size {image_size} is too small for lenet-5: {LENET5_MIN_SIZE} is the least")
     if backbone in CLASSICS:
         return Preprocessing(size=image_size, channels=1, mean=(0.0,), std=(1.0,))
     if not timm.is_model(backbone):
-        close = timm.list_models(f"*{backbone.split('_')[0].split('.')[0]}*")[:3]
+        close = difflib.get_close_matches(backbone, [*timm.list_models(), *CLASSICS])
         hint = f"; close ones: {', '.join(close)}" if close else ""
         raise StageError(f"finetune.backbone {backbone!r} is neither a timm model nor {', '.join(CLASSICS)}{hint}")
-    made_for = timm.get_pretrained_cfg(backbone, allow_unregistered=False)
+    try:
+        made_for = timm.get_pretrained_cfg(backbone, allow_unregistered=False)
+    except RuntimeError as error:  # a name with the tag of weights that do not exist
+        raise StageError(f"finetune.backbone {backbone!r}: {error}") from None
     mean, std = (made_for.mean, made_for.std) if made_for else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     return Preprocessing(size=image_size, channels=3, mean=mean, std=std)
 
@@ -125,8 +133,8 @@ def pretrained(params: config.Finetune, spec: Spec, production: Path | None) -> 
 def _from_hub(backbone: str, classes: int, preprocessing: Preprocessing) -> nn.Module:
     try:
         return create(backbone, classes, preprocessing, pretrained=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise StageError(f"finetune.weights hub: the weights of {backbone} cannot be had: {reason}") from None
 
 
@@ -167,6 +175,9 @@ def _check_hash(path: Path, expected: str) -> None:
 def _load(net: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
     """Copy weights into the network, all but a head of other shape."""
     own, new = net.state_dict(), head(net) + "."
+    foreign = next((name for name in weights if name not in own and not name.startswith(new)), None)
+    if foreign:
+        raise StageError(f"{origin} has a tensor {foreign!r}: these are weights of another network")
     kept = {
         name: weights[name]
         for name in own
@@ -216,7 +227,11 @@ def save(net: nn.Module, spec: Spec, weights: Path, description: Path) -> None:
 
 def load(weights: Path, description: Path) -> tuple[nn.Module, Spec]:
     """The network that a stage saved, and what it is."""
-    spec = Spec.model_validate(files.read_json(description))
+    try:
+        spec = Spec.model_validate(files.read_json(description))
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise StageError(f"{description} does not describe a model: {where} {error.errors()[0]['msg']}") from None
     net = create(spec.backbone, len(spec.classes), spec.preprocessing)
     _load(net, tensors(weights), str(weights))
     return net, spec

@@ -1,10 +1,11 @@
 """What `params.yaml` may say: types, bounds and units. The values themselves live in the file only."""
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from tasks.core.errors import ParamsError
 from tasks.core.paths import PARAMS
@@ -200,12 +201,18 @@ def load(path: Path = PARAMS) -> Params:
         content = YAML(typ="safe").load(path.read_text())
     except FileNotFoundError:
         raise ParamsError(f"{path} does not exist: give a parameter file, such as params.yaml") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except (YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that no calendar has
+        raise ParamsError(f"{path} is not YAML: {_problem(error)}") from None
     try:
         return Params.model_validate(content)
     except ValidationError as error:
         raise ParamsError(f"{path}: {_sentence(error)}") from None
+
+
+def _problem(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    line = f" in line {mark.line + 1}" if mark else ""
+    return " ".join(str(getattr(error, "problem", None) or error).split()) + line
 
 
 def _sentence(error: ValidationError) -> str:
@@ -242,3 +249,27 @@ def section_of(annotation: Any) -> type[Section] | None:
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
     return None
+
+
+def explained(params: Params) -> list[tuple[str, str, str, str]]:
+    """Every parameter in the file's order: dotted name, value, bounds, meaning."""
+    return list(_explained(params, ""))
+
+
+def _explained(section: Section, prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in fields(type(section)).items():
+        value = getattr(section, f"{name}_" if field.alias else name)
+        if isinstance(value, Section):
+            yield from _explained(value, f"{prefix}{name}.")
+        else:
+            shown = ", ".join(value) if isinstance(value, tuple) else "null" if value is None else str(value)
+            yield f"{prefix}{name}", shown, _bounds(field), field.description or ""
+
+
+def _bounds(field: Any) -> str:
+    """What pydantic would enforce, as JSON Schema has it."""
+    schema = TypeAdapter(Annotated[field.annotation, field]).json_schema()
+    choices = [option for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {choices[0][key]:g}" for key, sign in signs.items() if key in choices[0]]
+    return " | ".join(choices[0].get("enum", [])) or ", ".join(limits)

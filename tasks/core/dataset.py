@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict
@@ -57,7 +58,11 @@ def tensor(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.float32]
 
 def read(path: Path, classes: tuple[str, ...]) -> tuple[list[bytes], list[int]]:
     """All encoded images of a split and their class numbers; `StageError` at a label that `classes` lacks."""
-    table = pq.read_table(path, columns=["image", "label"])
+    try:
+        with path.open("rb") as file:
+            table = pq.read_table(file, columns=["image", "label"])
+    except pa.ArrowInvalid as error:
+        raise StageError(f"{path} does not hold prepared images ({str(error).splitlines()[0]})") from None
     codes = {name: code for code, name in enumerate(classes)}
     labels = table["label"].to_pylist()
     unknown = sorted(set(labels) - codes.keys())

@@ -17,21 +17,27 @@ def replacing(*targets: Path) -> Iterator[tuple[Path, ...]]:
     """Yield one temporary path beside each target; on success sync them and rename them over the targets.
 
     A target may be a file or a directory. If the block raises, the targets stay as they were and the
-    temporary ones are removed.
+    temporary ones are removed; an error of the operating system that names no file, as a full disk does,
+    names the first target.
     """
     temporary = tuple(target.with_name(f".{target.name}.{os.getpid()}.tmp") for target in targets)
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        for target in targets:
-            target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         for path in temporary:
-            _sync(path)
+            for part in (*path.rglob("*"), path):
+                _sync(part)
         for path, target in zip(temporary, targets, strict=True):
             if target.is_dir() and not target.is_symlink():
                 shutil.rmtree(target)
             path.replace(target)
         for parent in {target.parent for target in targets}:
             _sync(parent)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(targets[0])) from error
     finally:
         for path in temporary:
             if path.is_dir():

@@ -1,5 +1,6 @@
 """ONNX graphs: what is folded, stripped and removed."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,29 +16,47 @@ def initializers(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     return {tensor.name: tensor for tensor in model.graph.initializer}
 
 
+def shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """The sizes of each tensor whose shape can be inferred; an unknown size, such as the batch, counts as one."""
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    return {
+        value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
+        for value in (*inferred.value_info, *inferred.input, *inferred.output)
+    }
+
+
 def fold_pads(model: onnx.ModelProto) -> None:
     """Make each constant zero Pad part of the convolution that reads it, in place; pads may be asymmetric."""
     constants = initializers(model)
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    outputs = {value.name for value in model.graph.output}
     for node in [node for node in model.graph.node if node.op_type == "Pad"]:
-        users = readers.get(node.output[0], [])
-        pads = constants.get(node.input[1])
-        value = constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-        if pads is None or len(node.input) > 3 or any(user.op_type != "Conv" for user in users):
-            continue
-        if value is not None and float(numpy_helper.to_array(value)) != 0:
-            continue
-        sizes = numpy_helper.to_array(pads).tolist()
-        rank = len(sizes) // 2
-        if any(sizes[:2]) or any(sizes[rank : rank + 2]):
+        users = [user for user in model.graph.node if node.output[0] in user.input]
+        sizes = _zero_pads(node, constants)
+        if sizes is None or node.output[0] in outputs or not all(_can_pad(user, node.output[0]) for user in users):
             continue
         for user in users:
-            _add_pads(user, sizes[2:rank] + sizes[rank + 2 :])
+            _add_pads(user, sizes)
             user.input[0] = node.input[0]
         model.graph.node.remove(node)
+
+
+def _zero_pads(pad: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> list[int] | None:
+    """The sizes a Pad adds around height and width; None if it does anything else than surround them with zeros."""
+    amount, value, axes = (*pad.input[1:], "", "")[:3]
+    if attribute(pad, "mode", b"constant") != b"constant" or amount not in constants or axes:
+        return None
+    if value and (value not in constants or numpy_helper.to_array(constants[value]).any()):
+        return None
+    sizes: list[int] = numpy_helper.to_array(constants[amount]).tolist()
+    rank = len(sizes) // 2
+    if any(sizes[:2]) or any(sizes[rank : rank + 2]) or min(sizes) < 0:
+        return None
+    return sizes[2:rank] + sizes[rank + 2 :]
+
+
+def _can_pad(user: onnx.NodeProto, name: str) -> bool:
+    automatic = attribute(user, "auto_pad", b"NOTSET") != b"NOTSET"
+    return user.op_type == "Conv" and name not in user.input[1:] and not automatic
 
 
 def _add_pads(conv: onnx.NodeProto, sizes: list[int]) -> None:
@@ -50,9 +69,11 @@ def _add_pads(conv: onnx.NodeProto, sizes: list[int]) -> None:
 
 def pool_means(model: onnx.ModelProto) -> None:
     """Write each mean over height and width as the GlobalAveragePool it is, in place: that one has an int8 kernel."""
-    constants = initializers(model)
+    constants, known = initializers(model), shapes(model)
     for node in model.graph.node:
         if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in constants:
+            continue
+        if len(known.get(node.input[0], [])) != 4:
             continue
         axes = sorted(axis % 4 for axis in numpy_helper.to_array(constants[node.input[1]]).tolist())
         if axes == [2, 3] and attribute(node, "keepdims", 1) == 1:
@@ -62,12 +83,12 @@ def pool_means(model: onnx.ModelProto) -> None:
 
 def flatten_reshapes(model: onnx.ModelProto) -> None:
     """Write each Reshape to (batch, everything else) as the Flatten it is, in place."""
-    constants = initializers(model)
+    constants, known = initializers(model), shapes(model)
     for node in model.graph.node:
         if node.op_type != "Reshape" or node.input[1] not in constants:
             continue
         shape = numpy_helper.to_array(constants[node.input[1]]).tolist()
-        if len(shape) == 2 and shape[0] == -1 and shape[1] > 0:
+        if len(shape) == 2 and shape[0] == -1 and shape[1] == math.prod(known.get(node.input[0], [])[1:]):
             node.op_type = "Flatten"
             del node.input[1:], node.attribute[:]
             node.attribute.append(onnx.helper.make_attribute("axis", 1))
@@ -115,7 +136,7 @@ class Constants:
         if len(node.input) > 2:
             zero = numpy_helper.to_array(self.tensors[node.input[2]]).astype(np.int32)
             if zero.any():
-                shape = [-1 if axis == attribute(node, "axis", 1) else 1 for axis in range(values.ndim)]
+                shape = [-1 if axis == _axis(node, values.ndim) else 1 for axis in range(values.ndim)]
                 values = values.astype(np.int32) - zero.reshape(shape if zero.ndim else [])
         return values
 
@@ -126,7 +147,7 @@ class Constants:
             self._slice(name, axis, mask)
             return
         self._slice(node.input[0], axis, mask)
-        if attribute(node, "axis", 1) == axis or len(self.tensors[node.input[0]].dims) == 1:
+        if _axis(node, len(self.tensors[node.input[0]].dims)) == axis:
             for parameter in node.input[1:]:
                 if len(self.tensors[parameter].dims) == 1 and self.tensors[parameter].dims[0] == len(mask):
                     self._slice(parameter, 0, mask)
@@ -134,6 +155,11 @@ class Constants:
     def _slice(self, name: str, axis: int, mask: Mask) -> None:
         values = np.compress(mask, numpy_helper.to_array(self.tensors[name]), axis)
         self.tensors[name].CopyFrom(numpy_helper.from_array(values, name))
+
+
+def _axis(dequantizer: onnx.NodeProto, rank: int) -> int:
+    """The axis along which a DequantizeLinear has its scales."""
+    return int(attribute(dequantizer, "axis", 1)) % rank
 
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
@@ -149,19 +175,14 @@ def parameters(model: onnx.ModelProto) -> tuple[int, int]:
 
 def macs(model: onnx.ModelProto) -> int:
     """Multiply-accumulates of convolutions and matrix products for one image."""
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    constants = Constants(inferred)
-    shapes = {
-        value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
-        for value in (*inferred.graph.value_info, *inferred.graph.output)
-    }
+    constants, known = Constants(model), shapes(model)
     total = 0
-    for node in inferred.graph.node:
+    for node in model.graph.node:
         weight = constants.read(node.input[1]) if node.op_type in WEIGHTED else None
         if weight is None:
             continue
         if node.op_type == "Conv":
-            total += weight.size * int(np.prod(shapes[node.output[0]][2:]))
+            total += weight.size * int(np.prod(known[node.output[0]][2:]))
         else:
-            total += weight.size * int(np.prod(shapes[node.output[0]][1:-1]))
+            total += weight.size * int(np.prod(known[node.output[0]][1:-1]))
     return total

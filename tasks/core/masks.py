@@ -51,14 +51,15 @@ def residual_blocks(net: nn.Module, images: Tensor) -> list[str]:
         if name and any(module.children()) and not isinstance(module, nn.Sequential):
 
             def note(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-                if len(inputs) == 1 and isinstance(output, Tensor) and inputs[0].shape == output.shape:
+                if len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
                     seen[name] = inputs[0].detach()
 
             hooks.append(module.register_forward_hook(note))
     net.eval()(images)
     for hook in hooks:
         hook.remove()
-    return [name for name, features in seen.items() if _is_residual(net.get_submodule(name), features)]
+    found = [name for name, features in seen.items() if _is_residual(net.get_submodule(name), features)]
+    return [name for name in found if not any(other.startswith(f"{name}.") for other in found)]  # the innermost
 
 
 def _is_residual(module: nn.Module, features: Tensor) -> bool:
@@ -93,8 +94,19 @@ def remove_channels(net: nn.Module, params: config.Channels, example: Tensor, he
     """Remove the least important channels of each DepGraph group, in place; returns what went, by module.
 
     Groups: Fang et al. 2023, DepGraph, arXiv:2301.12900. Importance: L2 norm over the whole group. Groups with
-    grouped convolutions that are not depthwise stay as they are.
+    grouped convolutions that are not depthwise stay as they are. `StageError` if the network cannot be cut so.
     """
+    try:
+        removed = _remove(net, params, example, head)
+        net(example)
+    except (RuntimeError, IndexError) as error:
+        raise StageError(
+            f"prune.channels does not know this backbone's structure: {str(error).splitlines()[0]}"
+        ) from None
+    return removed
+
+
+def _remove(net: nn.Module, params: config.Channels, example: Tensor, head: str) -> Removed:
     names = {module: name for name, module in net.named_modules()}
     graph = tp.DependencyGraph().build_dependency(net.eval(), example)
     importance = tp.importance.GroupMagnitudeImportance(p=2)
@@ -115,12 +127,6 @@ def remove_channels(net: nn.Module, params: config.Channels, example: Tensor, he
             if dep.target.module in names and list(dep.target.module.parameters(recurse=False)):
                 _note(removed, names[dep.target.module], dep, channels)
         pruned.prune()
-    try:
-        net(example)
-    except RuntimeError as error:
-        raise StageError(
-            f"prune.channels does not know this backbone's structure: {str(error).splitlines()[0]}"
-        ) from None
     return removed
 
 
@@ -167,7 +173,8 @@ def zero_weights(net: nn.Module, params: config.SingleWeights) -> dict[str, int]
 def scatter(slim: nn.Module, full: nn.Module, removed: Removed) -> None:
     """Write the slim copy's weights into the full network, in place; everything that was removed becomes zero.
 
-    Running variances become one where a channel is gone, so that normalisation stays finite.
+    Running variances become one where a channel is gone, so that normalisation stays finite. `StageError` if what
+    was removed does not account for the slim copy's shapes.
     """
     source = slim.state_dict()
     for name, tensor in full.state_dict().items():
@@ -181,6 +188,8 @@ def scatter(slim: nn.Module, full: nn.Module, removed: Removed) -> None:
         index = [_left(tensor.shape[0], gone.get("out", []))]
         if tensor.ndim > 1:
             index.append(_left(tensor.shape[1], gone.get("in", [])))
+        if source[name].shape[: len(index)] != tuple(map(len, index)):
+            raise StageError(f"prune.channels does not know this backbone's structure: {name} cannot be masked")
         tensor[torch.meshgrid(*index, indexing="ij")] = source[name]
 
 

@@ -138,12 +138,13 @@ def record(root: Path, model: str) -> tuple[Decision, bool]:
 
     The model is promoted if the verdict and every check in it passed, and refused otherwise. A verdict that is
     the model's latest decision already is not recorded twice. `RegistryError` if a file is missing or damaged,
-    if the verdict judged another model or other data than those that lie there now, or if another decision
-    came first; then no ref has moved.
+    if the verdict judged another model or other data than those that lie there now, if dvc.lock does not name them,
+    or if another decision came first; then no ref has moved.
     """
     contents = {name: _read(root / path) for name, path in CARRIED.items()}
     verdict = _parsed(Verdict, contents["verdict.json"], paths.report("gate"))
     _require_judged(root, verdict)
+    _require_locked(root, contents["dvc.lock"])
     refs = _refs(root)
     last = _latest(root, refs, model)
     _require_tag(refs, last)
@@ -191,6 +192,11 @@ def fetch(root: Path, model: str, path: Path, target: Path) -> str:
         reason = " ".join(str(error).split())
         raise RegistryError(f"{path} of {model}@{decision.version} cannot be brought: {reason}") from None
     return decision.version
+
+
+def is_committed(root: Path, path: Path) -> bool:
+    """Whether the file at `path` is in the repository's HEAD as it is now."""
+    return _git(root, "--no-optional-locks", "status", "--porcelain", "--ignored", "--", path.as_posix()) == ""
 
 
 def card(decision: Decision, verdict: Verdict, benchmark: Benchmark, params: config.Params) -> str:
@@ -276,6 +282,22 @@ def _require_judged(root: Path, verdict: Verdict) -> None:
             raise RegistryError(f"the verdict judged {other} than {path} is now: run the pipeline again")
 
 
+def _require_locked(root: Path, lock: bytes) -> None:
+    # The lock is how the decided files are brought back, so it must name these very files.
+    from ruamel.yaml import YAML
+
+    stages = (YAML(typ="safe").load(lock.decode()) or {}).get("stages", {})
+    recorded = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}
+    for path in (paths.onnx("reduce"), paths.TEST, paths.report("benchmark"), paths.report("gate")):
+        if recorded.get(path.as_posix()) != _md5(root / path):
+            raise RegistryError(f"dvc.lock does not name {path} as it is now: run the pipeline again, or `dvc commit`")
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
 def _require_tag(refs: Refs, last: Decision | None) -> None:
     # A clone without tags, or one whose tag was taken away, would give the same version out again.
     if last and last.version and f"{last.model}@{last.version}" not in refs.tags:
@@ -284,8 +306,7 @@ def _require_tag(refs: Refs, last: Decision | None) -> None:
 
 def _require_recorded(path: Path, md5: str | None, name: str) -> None:
     # DVC takes a cache object for intact if its size and time are, so the check is made here.
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    found = _md5(path)
     if md5 is not None and found != md5:
         raise RegistryError(f"{name} is damaged in DVC's cache (md5 {found}, recorded {md5})")
 

@@ -1,18 +1,23 @@
-"""ONNX Runtime sessions as the device would open them."""
+"""ONNX Runtime sessions as the device would open them: importing this brings numpy and ONNX Runtime only."""
+
+from __future__ import annotations
 
 import json
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime as ort
 
-from tasks.core.dataset import Batch, Preprocessing
 from tasks.core.errors import StageError
+
+if TYPE_CHECKING:
+    import onnx
+
+    from tasks.core.dataset import Batch, Preprocessing
 
 Images = npt.NDArray[np.float32]
 Logits = npt.NDArray[np.float32]
@@ -51,6 +56,8 @@ def top1(session: ort.InferenceSession, batches: Iterable[Batch]) -> float:
 
 def description(session: ort.InferenceSession) -> tuple[Preprocessing, tuple[str, ...]]:
     """Preprocessing and class names from the file's metadata; `StageError` if it has none."""
+    from tasks.core.dataset import Preprocessing
+
     text = session.get_modelmeta().custom_metadata_map.get("weighin")
     if text is None:
         raise StageError("the ONNX file has no preprocessing in its metadata: run the stage that wrote it again")
@@ -61,6 +68,8 @@ def description(session: ort.InferenceSession) -> tuple[Preprocessing, tuple[str
 
 def optimized(model: Path) -> onnx.ModelProto:
     """The graph that ONNX Runtime really runs, after its optimizations."""
+    import onnx
+
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
         target = Path(scratch) / "optimized.onnx"
         open_session(model, threads=1, optimized=target)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from tasks.core import config, dataset, files, paths
+from tasks.core.backbone import Spec
 from tasks.core.dataset import Preprocessing
 from tasks.core.errors import StageError
 from tasks.core.progress import track
@@ -70,9 +72,9 @@ def make_deterministic(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def checkpoint_path(stage: str, *inputs: Path, params: config.Section) -> Path:
+def checkpoint_path(stage: str, *inputs: Path, params: config.Section, spec: Spec) -> Path:
     """Where a run of this stage on these inputs keeps its checkpoint: another input, another file."""
-    key = hashlib.sha256(params.model_dump_json().encode())
+    key = hashlib.sha256((params.model_dump_json() + spec.model_dump_json()).encode())
     for path in inputs:
         key.update(files.sha256(path).encode())
     return paths.CHECKPOINTS / f"{stage}-{key.hexdigest()[:16]}.pt"
@@ -122,7 +124,7 @@ def fit(
     history: list[dict[str, float]] = []
     best: dict[str, Any] = {"top1": -1.0, "state": _copy(net)}
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=next(net.parameters()).device, weights_only=True)
+        saved = _read(checkpoint, next(net.parameters()).device)
         net.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
@@ -238,6 +240,14 @@ def _to(images: Tensor, where: torch.device) -> Tensor:
 
 def _copy(net: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+
+
+def _read(path: Path, where: torch.device) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location=where, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise StageError(f"{path} is not a checkpoint of this training run: delete it to start afresh") from None
+    return saved
 
 
 def _save(path: Path, **parts: Any) -> None:

@@ -1,0 +1,1 @@
+"""The pipeline as people start, schedule and watch it."""

@@ -1,0 +1,54 @@
+"""What a run shows in the Prefect UI: the data verdict, the table of stages, the gate."""
+
+from typing import Any
+
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from tasks.core import files, paths
+
+
+def stage_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per weighed stage: top-1, size and latency, and both as ratios to the fine-tuned model."""
+    first = report["stages"]["finetune"]
+    return [
+        {
+            "stage": name,
+            "top1": stage["top1"],
+            "size_bytes": stage["size_bytes"],
+            "zst_bytes": stage["zst_bytes"],
+            "latency_p50_ms": stage["latency_p50_ms"],
+            "times_smaller": first["size_bytes"] / stage["size_bytes"],
+            "times_faster": first["latency_p50_ms"] / stage["latency_p50_ms"],
+        }
+        for name, stage in report["stages"].items()
+    ]
+
+
+def show_data_verdict() -> None:
+    """The expectations on the data and what was observed."""
+    verdict = files.read_json(paths.report("validate"))
+    rows = [
+        {key: str(expectation[key]) for key in ("name", "severity", "passed", "observed")}
+        for expectation in verdict["expectations"]
+    ]
+    description = f"{verdict['rows']} images: data {'passed' if verdict['passed'] else 'did not pass'}"
+    create_table_artifact(rows, key="data-verdict", description=description)
+
+
+def show_stages() -> None:
+    """The table of stages."""
+    rows = stage_rows(files.read_json(paths.report("benchmark")))
+    formatted = [
+        row | {name: round(value, 4) for name, value in row.items() if isinstance(value, float)} for row in rows
+    ]
+    create_table_artifact(formatted, key="stages", description="every stage in ONNX Runtime on the test split")
+
+
+def show_gate(sentence: str) -> None:
+    """The gate's checks."""
+    verdict = files.read_json(paths.report("gate"))
+    lines = ["| check | value | | limit | passed |", "|---|---|---|---|---|"]
+    for one in verdict["checks"]:
+        passed = "yes" if one["passed"] else "**no**"
+        lines.append(f"| {one['name']} | {one['value']} | {one['operator']} | {one['limit']} | {passed} |")
+    create_markdown_artifact("\n".join([f"**{sentence}**", "", *lines]), key="gate", description=sentence)

@@ -1,0 +1,101 @@
+"""The pipeline, top to bottom: data in, a decision out."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.logging import get_run_logger
+
+from flows import artifacts
+from flows.stage import exclusive, stage
+from tasks.core import config, files, paths, registry
+from tasks.core.errors import ParamsError, StageError, WeighinError
+from tasks.gate import sentence
+
+ingest = stage("ingest")
+validate = stage("validate")
+finetune = stage("finetune")
+prune = stage("prune")
+quantize = stage("quantize")
+reduce = stage("reduce")
+benchmark = stage("benchmark")
+gate = stage("gate")
+
+
+@flow(name="retrain")
+def retrain(params: str = str(paths.PARAMS)) -> dict[str, Any]:
+    """Bring every stage up to date with the parameter file and decide; returns the decision as JSON would have it."""
+    keep_short_what_users_can_mend()
+    with exclusive(get_run_logger().info):
+        adopt(Path(params))
+        ingest()
+        validate()
+        accept_data()
+        finetune()
+        prune()
+        quantize()
+        reduce()
+        benchmark()
+        gate()
+        return decide()
+
+
+def adopt(recipe: Path) -> None:
+    """Make the recipe the repository's params.yaml, which is what the stages and DVC read.
+
+    `ParamsError` if the recipe is not usable, or if params.yaml holds changes that exist nowhere else.
+    """
+    config.load(recipe)
+    if recipe.resolve() == paths.PARAMS.resolve():
+        return
+    wanted, present = recipe.read_bytes(), paths.PARAMS.read_bytes() if paths.PARAMS.exists() else b""
+    known = [path.read_bytes() for path in paths.RECIPES.glob("*.yaml")]
+    if present and present != wanted and present not in known and not registry.is_committed(Path.cwd(), paths.PARAMS):
+        raise ParamsError(
+            f"{paths.PARAMS} has changes that are not committed: commit them or keep them as a recipe before "
+            f"{recipe} takes their place"
+        )
+    if present != wanted:
+        files.write_bytes(paths.PARAMS, wanted)
+
+
+@task(name="accept data", task_run_name="accept data")
+def accept_data() -> None:
+    """Show the data verdict; `StageError` if a critical expectation failed."""
+    artifacts.show_data_verdict()
+    verdict = files.read_json(paths.report("validate"))
+    failed = [one["sentence"] for one in verdict["expectations"] if one["severity"] == "critical" and not one["passed"]]
+    if failed or verdict["passed"] is not True:
+        more = f" ({len(failed) - 1} more in {paths.report('validate')})" if len(failed) > 1 else ""
+        raise StageError(f"validate: {(failed or ['the data did not pass'])[0]}{more}")
+
+
+@task(name="decide", task_run_name="decide")
+def decide() -> dict[str, Any]:
+    """Show the stages and the gate, and record the promotion or the refusal."""
+    verdict = sentence(files.read_json(paths.report("gate")))
+    artifacts.show_stages()
+    artifacts.show_gate(verdict)
+    decision, recorded = registry.record(Path.cwd(), config.load().model)
+    outcome = f"{decision.outcome} {decision.model} {decision.version or ''}".strip()
+    get_run_logger().info("%s (%s), %s", outcome, "new" if recorded else "already recorded", verdict)
+    return decision.model_dump(mode="json") | {"recorded": recorded, "verdict": verdict}
+
+
+def keep_short_what_users_can_mend() -> None:
+    """No traceback in the log for errors that are one sentence to the user."""
+
+    def shorten(record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], WeighinError):
+            record.exc_info, record.exc_text = None, None
+        return True
+
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(shorten)
+
+
+if __name__ == "__main__":
+    os.chdir(Path(__file__).resolve().parent.parent)
+    retrain()

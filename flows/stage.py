@@ -1,0 +1,180 @@
+"""The only bridge between Prefect and DVC: one Prefect task for one DVC stage."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
+from prefect.states import Completed
+
+from tasks.core.errors import StageError
+
+LOCK = Path(".dvc/tmp/weighin.lock")
+GRACE_S = 10.0
+BUSY_WAIT_S = 2.0
+ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",  # beside other load, spinning threads make training ten times slower
+}
+HINTS = (
+    "To track the changes with git",
+    "git add ",
+    "To enable auto staging",
+    "dvc config core.autostage",
+    "Use `dvc push`",
+)
+BUSY = ("Unable to acquire lock", "it is being blocked by")  # DVC has no exit status of its own for this
+CACHED = "is cached - skipping run"
+
+
+def stage(name: str) -> Callable[[], Any]:
+    """The Prefect task that brings a DVC stage up to date; its state is named Skipped if there was nothing to do."""
+
+    @task(name=name, task_run_name=name)
+    def reproduce() -> State[None]:
+        say = get_run_logger().info
+        if is_current(name, say):
+            return Completed(name="Skipped", message="nothing changed")
+        if run(name, say):
+            return Completed(name="Skipped", message="brought back from DVC's cache")
+        return Completed(message="ran")
+
+    return reproduce
+
+
+@contextmanager
+def exclusive(say: Callable[[str], None]) -> Iterator[None]:
+    """One run at a time in a working copy; waits for the other one, and says so."""
+    LOCK.parent.mkdir(parents=True, exist_ok=True)
+    with LOCK.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            say(f"another run (process {file.read().strip() or 'unknown'}) is at work here: waiting for it to end")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def is_current(name: str, say: Callable[[str], None]) -> bool:
+    """Whether the stage's results are there and belong to its code, parameters and inputs as they are now.
+
+    `StageError` if an input does not exist.
+    """
+    with _locked(say) as repo:
+        found = repo.stage.load_one(name=name)
+        for dependency in found.deps:
+            if not dependency.exists:
+                raise StageError(
+                    f"{dependency.def_path} does not exist, but {name} reads it: see params.yaml for its path"
+                )
+        return not found.changed()
+
+
+def restore(name: str, say: Callable[[str], None]) -> None:
+    """Put back the results of the last good run, which DVC removed before the stage ran."""
+    with _locked(say) as repo:
+        if repo.stage.load_one(name=name).outs[0].hash_info:
+            repo.checkout(targets=[name], force=True, allow_missing=True)
+
+
+@contextmanager
+def _locked(say: Callable[[str], None]) -> Iterator[Any]:
+    from dvc.lock import LockError
+    from dvc.repo import Repo, lock_repo
+
+    said = False
+    with Repo() as repo, ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(lock_repo(repo))
+                break
+            except LockError:
+                if not said:
+                    say("another DVC command holds the lock of this repository: waiting for it to end")
+                said = True
+        yield repo
+
+
+def run(name: str, say: Callable[[str], None]) -> bool:
+    """Run the stage through DVC, handing on its output line by line; True if DVC had the result in its cache.
+
+    Whatever ends this early (Ctrl-C, cancellation) ends the stage's whole process group. If the stage did not
+    succeed, the results of its last good run are put back. `StageError` with the stage's own sentence if it failed.
+    """
+    waiting = False
+    while True:
+        done = False
+        try:
+            status, lines = _reproduce(name, say)
+            done = status == 0
+        finally:
+            if not done:
+                restore(name, say)
+        if done:
+            return any(CACHED in line for line in lines)
+        if not any(busy in line for line in lines for busy in BUSY):
+            raise StageError(f"{name}: {_reason(lines)}")
+        if not waiting:
+            say("another DVC command is working on the same files: waiting for it to end")
+        waiting = True
+        time.sleep(BUSY_WAIT_S)
+
+
+def _reproduce(name: str, say: Callable[[str], None]) -> tuple[int, list[str]]:
+    lines: list[str] = []
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "--single-item", name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        env={
+            **os.environ,
+            **ENVIRONMENT,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        },
+    )
+    try:
+        for line in process.stdout or ():
+            lines.append(line.rstrip())
+            if line.strip() and not line.strip().startswith(HINTS):
+                say(line.rstrip())
+        return process.wait(), lines
+    finally:
+        _end_group(process)
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    """End whatever is left of the process group, politely first."""
+    for ending in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, ending)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def _reason(lines: list[str]) -> str:
+    """The sentence that a stage prints when it cannot go on, or else the last line that says anything."""
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return told[-1] if told else next((line for line in reversed(lines) if line.strip()), "it ended without a word")
