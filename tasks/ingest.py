@@ -11,8 +11,9 @@ import sqlite3
 import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,8 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 SPLITS = ("train", "val", "test")
 ROWS_PER_GROUP = 512
+BYTES_PER_GROUP = 8 * 2**20
+SOURCE_BATCH = 16
 
 IMAGES = pa.schema([("image", pa.binary()), ("label", pa.string()), ("path", pa.string()), ("sha256", pa.string())])
 MANIFEST = pa.schema(
@@ -155,11 +158,39 @@ def parquet_examples(source: Path) -> Iterator[Item]:
             raise StageError(f"{table}: column 'image' is {kind}; it has to be encoded bytes or {{bytes, path}}")
         name = table.relative_to(source).as_posix() if source.is_dir() else table.name
         row = 0
-        for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=["image", "label"]):
+        for batch in file.iter_batches(batch_size=SOURCE_BATCH, columns=["image", "label"]):
             for image, label in zip(batch["image"].to_pylist(), batch["label"].to_pylist(), strict=True):
                 data = image["bytes"] if isinstance(image, dict) else image
                 yield Item(f"{name}#{row}", str(label), data or b"")
                 row += 1
+
+
+class Table:
+    """A Parquet file, written group by group: so many rows, or fewer if their images are large."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.writer = pq.ParquetWriter(path, schema, compression="zstd" if schema is MANIFEST else "none")
+        self.schema, self.size = schema, 0
+        self.rows: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+        self.writer.close()
+
+    def add(self, row: dict[str, Any], size: int = 0) -> None:
+        """Append a row that holds `size` bytes of image."""
+        self.rows.append(row)
+        self.size += size
+        if len(self.rows) >= ROWS_PER_GROUP or self.size >= BYTES_PER_GROUP:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was added as one group."""
+        self.writer.write_table(pa.Table.from_pylist(self.rows, self.schema))
+        self.rows, self.size = [], 0
 
 
 def describe(item: Item) -> dict[str, Any]:
@@ -222,8 +253,8 @@ def ingest(params: config.Ingest, classes: tuple[str, ...], outputs: dict[str, P
         database.execute("PRAGMA synchronous = OFF")
         database.execute("CREATE TABLE image (id INTEGER PRIMARY KEY, label TEXT, pixels TEXT, split TEXT)")
         described = Path(scratch) / "described.parquet"
-        with pq.ParquetWriter(described, MANIFEST) as writer:
-            _describe_all(params, classes, database, writer)
+        with Table(described, MANIFEST) as table:
+            _describe_all(params, classes, database, table)
         _check(database, params)
         assign_splits(database, params.split, params.seed)
         counts = _write_splits(params, classes, described, database, outputs)
@@ -234,19 +265,12 @@ def ingest(params: config.Ingest, classes: tuple[str, ...], outputs: dict[str, P
     return counts
 
 
-def _describe_all(
-    params: config.Ingest, classes: tuple[str, ...], database: sqlite3.Connection, writer: pq.ParquetWriter
-) -> None:
-    rows: list[dict[str, Any]] = []
+def _describe_all(params: config.Ingest, classes: tuple[str, ...], database: sqlite3.Connection, table: Table) -> None:
     database.execute("BEGIN")
     for index, item in enumerate(track(examples(params, classes), "reading images")):
         row = describe(item)
-        rows.append(row)
+        table.add(row)
         database.execute("INSERT INTO image VALUES (?, ?, ?, NULL)", (index, row["label"], row["pixels_sha256"]))
-        if len(rows) == ROWS_PER_GROUP:
-            writer.write_table(pa.Table.from_pylist(rows, MANIFEST))
-            rows.clear()
-    writer.write_table(pa.Table.from_pylist(rows, MANIFEST))
     database.execute("COMMIT")
 
 
@@ -278,30 +302,22 @@ def _write_splits(
     outputs: dict[str, Path],
 ) -> dict[str, int]:
     counts = dict.fromkeys((*SPLITS, "corrupt"), 0)
-    writers = {name: pq.ParquetWriter(outputs[name], IMAGES, compression="none") for name in SPLITS}
-    manifest = pq.ParquetWriter(outputs["manifest"], MANIFEST, compression="zstd")
     items = examples(params, classes)
     splits = database.execute("SELECT split FROM image ORDER BY id")
-    try:
-        for batch in track(pq.ParquetFile(described).iter_batches(ROWS_PER_GROUP), "writing splits"):
-            rows = batch.to_pylist()
-            images: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
-            for row in rows:
-                item = next(items, None)
-                if item is None or hashlib.sha256(item.image).hexdigest() != row["sha256"]:
-                    raise StageError(f"{params.path} changed while it was read ({row['path']}): run again")
-                row["split"] = splits.fetchone()[0]
-                counts[row["split"] or "corrupt"] += 1
-                if row["split"]:
-                    images[row["split"]].append(
-                        {"image": item.image, "label": row["label"], "path": row["path"], "sha256": row["sha256"]}
-                    )
-            manifest.write_table(pa.Table.from_pylist(rows, MANIFEST))
-            for name in SPLITS:
-                writers[name].write_table(pa.Table.from_pylist(images[name], IMAGES))
-    finally:
-        for writer in (*writers.values(), manifest):
-            writer.close()
+    batches = pq.ParquetFile(described).iter_batches(ROWS_PER_GROUP)
+    with ExitStack() as opened:
+        tables = {name: opened.enter_context(Table(path, IMAGES)) for name, path in outputs.items() if name in SPLITS}
+        manifest = opened.enter_context(Table(outputs["manifest"], MANIFEST))
+        for row in track((row for batch in batches for row in batch.to_pylist()), "writing splits"):
+            item = next(items, None)
+            if item is None or hashlib.sha256(item.image).hexdigest() != row["sha256"]:
+                raise StageError(f"{params.path} changed while it was read ({row['path']}): run again")
+            row["split"] = splits.fetchone()[0]
+            counts[row["split"] or "corrupt"] += 1
+            manifest.add(row)
+            if row["split"]:
+                kept = {name: row[name] for name in ("label", "path", "sha256")}
+                tables[row["split"]].add({"image": item.image, **kept}, size=len(item.image))
     return counts
 
 
@@ -311,6 +327,8 @@ def main() -> None:
     with files.replacing(*targets) as temporary:
         outputs = dict(zip((*SPLITS, "manifest"), temporary, strict=True))
         counts = ingest(params.ingest, params.classes, outputs)
+    if counts["corrupt"]:
+        print(f"ingest: unreadable images are set aside, with their reasons, in {paths.MANIFEST}")
     print("ingest: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 

@@ -1,0 +1,37 @@
+# make run: set up everything and run the main job.  make test: set up everything and test it.
+PYTHON ?= python3.11
+PARAMS ?= params.yaml
+BIN := .venv/bin
+export DO_NOT_TRACK = 1
+export DVC_NO_ANALYTICS = 1
+export GX_ANALYTICS_ENABLED = false
+export PREFECT_SERVER_ANALYTICS_ENABLED = false
+
+.PHONY: help run test check setup digits
+help:
+	@echo "make run [PARAMS=FILE]   the whole job: data in, decision out"
+	@echo "make test                every test"
+	@echo "make check               ruff, mypy, documents in step with the code"
+	@echo "make digits              the data of data/recipes/mlp-digits.yaml"
+
+run: setup
+	$(BIN)/weighin run --params $(PARAMS)
+
+test: setup
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest --quiet --durations=0 tests/test_docs.py tests/test_dvc_yaml.py
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --progress-bar off --constraint constraints.txt --editable '.[dev,digits]'
+	touch $@
+
+digits: setup
+	$(BIN)/python data/recipes/mnist_5k.py

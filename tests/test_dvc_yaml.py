@@ -1,0 +1,89 @@
+"""dvc.yaml, the flow and the modules say the same: the same stages in the same order, with complete dependencies."""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from tasks import STAGES
+from tasks.core import config, paths
+
+ROOT = Path(__file__).parents[1]
+PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
+
+
+def outputs(stage: dict[str, Any]) -> list[str]:
+    return [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]
+
+
+def imports(path: Path) -> set[Path]:
+    """Files of tasks/ that importing this one brings in, itself included; imports inside functions do not count."""
+    found, pending = set(), [path]
+    while pending:
+        current = pending.pop()
+        if current in found or not current.exists():
+            continue
+        found.add(current)
+        for node in ast.parse(current.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tasks":
+                module = Path(*node.module.split("."))
+                pending += [(ROOT / module).with_suffix(".py"), *(ROOT / module / f"{a.name}.py" for a in node.names)]
+    return found
+
+
+def test_stages_are_the_same_list_in_the_same_order_everywhere() -> None:
+    assert tuple(PIPELINE["stages"]) == STAGES
+    flow = (ROOT / "flows" / "retrain.py").read_text()
+    assert tuple(re.findall(r'^(\w+) = stage\("\1"\)$', flow, re.M)) == STAGES
+    body = flow.split("def retrain")[1].split("\ndef ")[0]
+    assert tuple(name for name in re.findall(r"^ +(\w+)\(\)$", body, re.M) if name in STAGES) == STAGES
+    assert {path.stem for path in (ROOT / "tasks").glob("*.py")} - {"__init__"} == set(STAGES)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_runs_its_own_module_and_depends_on_all_the_code_it_imports(name: str) -> None:
+    stage = PIPELINE["stages"][name]
+    assert stage["cmd"] == f"python -m tasks.{name}"
+    code = {dep for dep in stage["deps"] if dep.endswith(".py")}
+    assert code == {str(path.relative_to(ROOT)) for path in imports(ROOT / "tasks" / f"{name}.py")}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_its_own_section_of_the_parameters(name: str) -> None:
+    stage = PIPELINE["stages"][name]
+    sections = set(stage.get("params", []))
+    assert sections <= set(config.fields(config.Params))
+    source = (ROOT / "tasks" / f"{name}.py").read_text()
+    used = set(re.findall(r"params\.(\w+?)_?\b", source.split("def main")[1])) | set(
+        re.findall(r"config\.load\(\)\.(\w+)", source)
+    )
+    assert sections >= used & set(config.fields(config.Params))
+    assert (name in sections) == (name != "reduce")  # reduce has nothing to choose
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_data_dependencies_come_from_an_earlier_stage(name: str) -> None:
+    earlier = [one for stage in STAGES[: STAGES.index(name)] for one in outputs(PIPELINE["stages"][stage])]
+    data = [dep for dep in PIPELINE["stages"][name]["deps"] if dep.startswith("data/")]
+    assert set(data) <= set(earlier)
+
+
+def test_the_test_split_is_for_reduce_benchmark_and_gate_only() -> None:
+    readers = [name for name, stage in PIPELINE["stages"].items() if str(paths.TEST) in stage["deps"]]
+    assert readers == ["reduce", "benchmark", "gate"]
+
+
+def test_every_output_is_cached_so_that_the_run_cache_and_the_audit_have_it() -> None:
+    for stage in PIPELINE["stages"].values():
+        assert all(isinstance(output, str) for output in outputs(stage))
+
+
+def test_only_training_stages_import_torch_and_none_prefect() -> None:
+    trains = {
+        name for name in STAGES if any("import torch" in p.read_text() for p in imports(ROOT / f"tasks/{name}.py"))
+    }
+    assert trains == {"finetune", "prune"}
+    assert not any("import prefect" in p.read_text() for p in (ROOT / "tasks").rglob("*.py"))

@@ -1,0 +1,529 @@
+"""The whole job through the command line: a real repository, real DVC stages, a real Prefect server."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+
+from tasks import STAGES
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+RECIPE = "data/recipes/mlp-digits.yaml"
+PROMOTED, FAILED, USAGE, REFUSED = 0, 1, 2, 3
+WAIT_S = 120
+
+
+class Workspace:
+    """A clone of this project in which the command line is used."""
+
+    def __init__(self, root: Path, api: str) -> None:
+        self.root, self.api = root, api
+        self.environment = os.environ | {"PREFECT_API_URL": api, "PYTHONPATH": str(root), "COLUMNS": "120"}
+
+    def call(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(BIN / command[0]), *command[1:]],
+            cwd=self.root,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def output(self, *command: str) -> str:
+        done = self.call(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def run(self, *options: str, status: int = PROMOTED) -> dict[str, Any]:
+        done = self.call("weighin", "run", "--json", *options)
+        assert done.returncode == status, done.stdout + done.stderr
+        content: dict[str, Any] = json.loads(done.stdout)
+        return content
+
+    def sentence(self, status: int = FAILED) -> str:
+        """What `weighin run` says last when it cannot go on."""
+        done = self.call("weighin", "run")
+        assert done.returncode == status, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(told) == 1
+        return told[0].removeprefix("error: ")
+
+    def change(self, **sections: Any) -> None:
+        """Change values in params.yaml, by section."""
+        path, yaml = self.root / "params.yaml", YAML(typ="safe")
+        content = yaml.load(path)
+        for section, values in sections.items():
+            content[section] = content[section] | values if isinstance(values, dict) else values
+        yaml.dump(content, path)
+
+    def git(self, *args: str) -> str:
+        return subprocess.run(["git", *args], cwd=self.root, check=True, capture_output=True, text=True).stdout.strip()
+
+    def post(self, path: str, **body: Any) -> Any:
+        return httpx.post(f"{self.api}/{path}", json=body, timeout=30).raise_for_status().json()
+
+    def states(self) -> dict[str, str]:
+        """The state of each task in the newest flow run."""
+        newest = self.post("flow_runs/filter", sort="START_TIME_DESC", limit=1)[0]
+        tasks = self.post("task_runs/filter", flow_runs={"id": {"any_": [newest["id"]]}})
+        return {task["name"]: task["state"]["name"] for task in tasks}
+
+    def ran(self) -> list[str]:
+        """The stages that had something to do in the newest run."""
+        states = self.states()
+        assert all(states[name] in ("Completed", "Skipped") for name in STAGES)
+        return [name for name in STAGES if states[name] == "Completed"]
+
+    def results(self) -> dict[str, str]:
+        """SHA-256 of everything the stages left behind."""
+        folders = [self.root / "data" / name for name in ("prepared", "models", "reports")]
+        paths = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(self.root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def wait_for(ready: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        if found := ready():
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"{what} did not happen in {WAIT_S} s")
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Prefect server of its own."""
+    port, home = free_port(), tmp_path_factory.mktemp("prefect")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1"}.items():
+            patch.setenv(name, value)
+        command = [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        url = f"http://127.0.0.1:{port}/api"
+
+        def healthy() -> bool:
+            try:
+                return httpx.get(f"{url}/health").is_success
+            except httpx.HTTPError:
+                return False
+
+        try:
+            wait_for(healthy, "the server's start")
+            yield url
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait()
+
+
+def checkout(target: Path) -> None:
+    """The project as it is in the working copy, committed, with git settings of its own."""
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in listing.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    for args in (
+        ("init", "-q", "-b", "main"),
+        ("add", "."),
+        ("-c", "user.name=A", "-c", "user.email=a@b.c", "commit", "-qm", "1"),
+    ):
+        subprocess.run(["git", *args], cwd=target, check=True)
+    for key, value in (("user.name", "Ada"), ("user.email", "ada@example.org")):
+        subprocess.run(["git", "config", key, value], cwd=target, check=True)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, api: str) -> tuple[Workspace, dict[str, Any]]:
+    """A workspace after the first run of the digits recipe, and what that run said."""
+    root = tmp_path_factory.mktemp("workspace")
+    checkout(root)
+    subprocess.run([sys.executable, "data/recipes/mnist_5k.py"], cwd=root, check=True, capture_output=True)
+    workspace = Workspace(root, api)
+    return workspace, workspace.run("--params", RECIPE)
+
+
+@pytest.fixture
+def workspace(first: tuple[Workspace, dict[str, Any]]) -> Iterator[Workspace]:
+    """The workspace as the first run left it, and so again afterwards."""
+    used, _ = first
+    tags = set(used.git("tag").split())
+    tip = used.git("rev-parse", "registry")
+    lock = (used.root / "dvc.lock").read_bytes()
+    yield used
+    shutil.copy(used.root / RECIPE, used.root / "params.yaml")
+    (used.root / "dvc.lock").write_bytes(lock)
+    used.output("dvc", "checkout", "--force", "--quiet")
+    used.git("update-ref", "refs/heads/registry", tip)
+    for tag in set(used.git("tag").split()) - tags:
+        used.git("tag", "-d", tag)
+
+
+def test_the_first_run_promotes_and_leaves_everything_a_user_looks_for(first: tuple[Workspace, dict[str, Any]]) -> None:
+    workspace, decision = first
+    assert decision["outcome"] == "promoted"
+    assert decision["version"] == "v0.1.0"
+    assert decision["recorded"] is True
+    assert list(decision["stages"]) == ["finetune", "prune", "quantize", "reduce"]
+    assert set(workspace.states()) == {*STAGES, "accept data", "decide"}
+    assert workspace.ran() == list(STAGES)
+    keys = {artifact["key"] for artifact in workspace.post("artifacts/filter")}
+    assert keys == {"data-verdict", "stages", "gate"}
+    assert workspace.git("status", "--porcelain").splitlines() == ["M params.yaml", "?? dvc.lock"]
+    final = hashlib.sha256((workspace.root / "data/models/reduce/model.onnx").read_bytes()).hexdigest()
+    assert decision["model_sha256"] == final == decision["stages"]["reduce"]["sha256"]
+
+
+def test_dvc_and_gto_work_as_their_users_know_them(first: tuple[Workspace, dict[str, Any]], tmp_path: Path) -> None:
+    workspace, _ = first
+    assert all(name in workspace.output("dvc", "dag") for name in STAGES)
+    assert "stages.reduce.top1" in workspace.output("dvc", "metrics", "show")
+    assert workspace.call("dvc", "metrics", "diff").returncode == 0
+    assert (workspace.root / "dvc_plots").exists() is False
+    workspace.output("dvc", "plots", "show", "--out", str(tmp_path / "plots"))
+    assert "top1-by-epoch" in (tmp_path / "plots" / "index.html").read_text()
+    assert "mlp-digits" in workspace.output("gto", "show")
+    target = tmp_path / "model.onnx"
+    workspace.output(
+        "dvc", "get", ".", "data/models/reduce/model.onnx", "--rev", "mlp-digits@v0.1.0", "--out", str(target)
+    )
+    assert target.read_bytes() == (workspace.root / "data/models/reduce/model.onnx").read_bytes()
+
+
+def test_an_unchanged_run_skips_every_stage_and_decides_nothing(workspace: Workspace) -> None:
+    tip, before = workspace.git("rev-parse", "registry"), workspace.results()
+    decision = workspace.run()
+    assert (decision["recorded"], decision["outcome"]) == (False, "promoted")
+    assert workspace.ran() == []
+    assert workspace.git("rev-parse", "registry") == tip
+    assert workspace.results() == before
+
+
+def test_a_tighter_gate_runs_the_gate_alone_and_refuses(workspace: Workspace) -> None:
+    workspace.change(gate={"max_size_bytes": 1000})
+    decision = workspace.run(status=REFUSED)
+    assert workspace.ran() == ["gate"]
+    assert (decision["outcome"], decision["failed"], decision["version"]) == ("refused", ["size_bytes"], None)
+    status = json.loads(workspace.output("weighin", "status", "--json"))
+    assert status["production"]["version"] == "v0.1.0"
+    assert status["latest"]["outcome"] == "refused"
+    text = workspace.output("weighin", "status")
+    assert "mlp-digits v0.1.0" in text
+    assert "size_bytes" in text
+    assert workspace.run(status=REFUSED)["recorded"] is False
+
+
+def test_another_pruning_parameter_leaves_the_stages_before_it_alone(workspace: Workspace) -> None:
+    workspace.change(
+        prune={"weights": {"threshold": 0.04}, "recovery": None}, gate={"min_top1": 0.5, "max_top1_drop": 0.5}
+    )
+    workspace.change(gate={"min_class_recall": 0.1})
+    decision = workspace.run()
+    assert workspace.ran() == ["prune", "quantize", "reduce", "benchmark", "gate"]
+    assert (decision["version"], decision["replaces"]) == ("v0.2.0", "v0.1.0")
+
+
+def test_lost_results_come_back_from_the_cache(workspace: Workspace) -> None:
+    before = workspace.results()
+    shutil.rmtree(workspace.root / "data/models")
+    workspace.run()
+    assert workspace.ran() == []
+    assert workspace.results() == before
+
+
+def test_the_table_ends_with_the_verdict_in_one_line_each(workspace: Workspace) -> None:
+    done = workspace.call("weighin", "run")
+    lines = done.stdout.strip().splitlines()
+    assert lines[-2].startswith("gate: makes weight")
+    assert lines[-1] == "decision: promoted mlp-digits v0.1.0 (nothing changed since that decision)"
+    assert all(any(name in line for line in lines) for name in ("finetune", "prune", "quantize", "reduce"))
+
+
+def test_it_runs_without_a_server(workspace: Workspace) -> None:
+    done = workspace.call("weighin", "run", "--json", PREFECT_API_URL="")
+    assert done.returncode == PROMOTED, done.stderr
+    assert json.loads(done.stdout)["recorded"] is False
+
+
+@pytest.mark.parametrize("kind", ["detached", "shallow", "nameless"])
+def test_it_runs_in_any_state_of_git(workspace: Workspace, tmp_path: Path, kind: str) -> None:
+    root, environment = tmp_path / "clone", {}
+    depth = ["--depth", "1"] if kind == "shallow" else []
+    subprocess.run(["git", "clone", "-q", "--no-tags", *depth, f"file://{workspace.root}", root], check=True)
+    clone = Workspace(root, workspace.api)
+    clone.output("dvc", "cache", "dir", "--local", str(workspace.root / ".dvc/cache"))
+    shutil.copytree(workspace.root / "data/raw/mnist-5k", root / "data/raw/mnist-5k")
+    shutil.copy(workspace.root / "dvc.lock", root / "dvc.lock")
+    clone.git("update-ref", "-d", "refs/remotes/origin/registry")
+    if kind == "detached":
+        clone.git("checkout", "-q", "--detach")
+    if kind == "nameless":
+        environment = {"HOME": str(tmp_path), "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    head = clone.git("rev-parse", "HEAD")
+    done = clone.call("weighin", "run", "--json", "--params", RECIPE, **environment)
+    assert done.returncode == PROMOTED, done.stdout + done.stderr
+    assert json.loads(done.stdout)["recorded"] is True
+    assert clone.ran() == []
+    assert clone.git("rev-parse", "HEAD") == head
+
+
+def test_bad_parameters_end_with_status_2_before_anything_runs(workspace: Workspace) -> None:
+    before = workspace.results()
+    text = (workspace.root / "params.yaml").read_text()
+    (workspace.root / "params.yaml").write_text(text.replace("min_top1", "min_topl"))
+    assert workspace.sentence(USAGE).startswith("params.yaml: gate.min_topl is not a parameter; did you mean min_top1?")
+    assert workspace.call("weighin", "run", "--params", "nowhere.yaml").returncode == USAGE
+    assert workspace.call("weighin", "run", "--nonsense").returncode == USAGE
+    assert workspace.results() == before
+
+
+def test_a_recipe_does_not_take_the_place_of_changes_that_exist_nowhere_else(workspace: Workspace) -> None:
+    workspace.change(gate={"min_top1": 0.91})
+    mine = (workspace.root / "params.yaml").read_bytes()
+    done = workspace.call("weighin", "run", "--params", "data/recipes/mlp-fashion.yaml")
+    assert done.returncode == USAGE
+    assert "params.yaml has changes that are not committed" in done.stderr
+    assert (workspace.root / "params.yaml").read_bytes() == mine
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"ingest": {"path": "data/raw/nowhere"}}, "data/raw/nowhere does not exist"),
+        ({"ingest": {"path": "data/recipes"}}, "has no IDX images"),
+        ({"finetune": {"backbone": "tf_efficientnet_lite9"}}, "is neither a timm model nor"),
+        ({"finetune": {"weights": {"source": "file", "path": "LICENSE", "sha256": "0" * 64}}}, "LICENSE has SHA-256"),
+        ({"validate": {"min_rows_per_class": 100000}}, "validate: "),
+        ({"classes": ["a", "b"]}, "has no name: classes lists 2"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_the_last_results(
+    workspace: Workspace, changes: dict[str, Any], sentence: str
+) -> None:
+    before, tip = workspace.results(), workspace.git("rev-parse", "registry")
+    workspace.change(**changes)
+    assert sentence in workspace.sentence()
+    after = {
+        path: sha256 for path, sha256 in workspace.results().items() if "validate" not in changes or "models" in path
+    }
+    assert after.items() <= before.items()
+    assert len(after) == len(before) or "validate" in changes
+    assert workspace.git("rev-parse", "registry") == tip
+
+
+def group_members(group: int) -> list[str]:
+    """Command lines of living processes in the process group."""
+    listing = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], check=True, capture_output=True, text=True).stdout
+    rows = [line.split(None, 2) for line in listing.splitlines()]
+    return [args for pgid, stat, args in rows if int(pgid) == group and not stat.startswith("Z")]
+
+
+def stage_group(name: str) -> int | None:
+    """The process group in which DVC runs this stage, if it does."""
+    listing = subprocess.run(["ps", "-eo", "pgid=,args="], check=True, capture_output=True, text=True).stdout
+    rows = [line.split(None, 1) for line in listing.splitlines()]
+    return next((int(group) for group, args in rows if args.endswith(f"-m tasks.{name}")), None)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_the_whole_stage_and_the_next_one_goes_on(
+    workspace: Workspace, ending: signal.Signals
+) -> None:
+    undisturbed = {path: sha for path, sha in workspace.results().items() if "finetune" in path and "models" in path}
+    seed = 11 if ending == signal.SIGINT else 12
+    training = YAML(typ="safe").load(workspace.root / "params.yaml")["finetune"]["training"] | {
+        "epochs": 40,
+        "seed": seed,
+    }
+    workspace.change(finetune={"training": training})
+    process = subprocess.Popen(
+        [str(BIN / "weighin"), "run"], cwd=workspace.root, env=workspace.environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for(lambda: list((workspace.root / "data/checkpoints").glob("finetune-*.pt")), "the first checkpoint")
+    group = wait_for(lambda: stage_group("finetune"), "the stage's start")
+    process.send_signal(ending)
+    output, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode not in (PROMOTED, REFUSED), output
+    wait_for(lambda: not group_members(group), "the end of the process group")
+    assert undisturbed.items() <= workspace.results().items()
+    workspace.change(finetune={"training": training | {"epochs": 40}})
+    again = subprocess.Popen(
+        [str(BIN / "weighin"), "run"], cwd=workspace.root, env=workspace.environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert again.stdout is not None
+    assert any("resuming after epoch" in line for line in again.stdout)
+    again.send_signal(signal.SIGINT)
+    again.communicate(timeout=WAIT_S)
+
+
+def test_two_runs_take_turns(workspace: Workspace) -> None:
+    import fcntl
+
+    lock = workspace.root / ".dvc/tmp/weighin.lock"
+    with lock.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            [str(BIN / "weighin"), "run"], cwd=workspace.root, env=workspace.environment, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stderr is not None
+        assert any("waiting for it to end" in line for line in process.stderr)
+    process.communicate(timeout=WAIT_S)
+    assert process.returncode == PROMOTED
+
+
+def test_it_waits_for_the_lock_of_another_dvc_command(workspace: Workspace) -> None:
+    hold = "import sys, dvc.repo as d\nwith d.Repo() as repo, repo.lock: print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold], cwd=workspace.root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    process = subprocess.Popen(
+        [str(BIN / "weighin"), "run"], cwd=workspace.root, env=workspace.environment, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert any("another DVC command holds the lock" in line for line in process.stderr)
+    holder.communicate("")
+    process.communicate(timeout=WAIT_S)
+    assert process.returncode == PROMOTED
+
+
+def test_the_compressed_model_is_transferred_to_another_task(workspace: Workspace) -> None:
+    digits = (workspace.root / "data/models/reduce/model.onnx").stat().st_size
+    workspace.change(finetune={})
+    shutil.copy(workspace.root / RECIPE, workspace.root / "params.yaml")
+    decision = workspace.run("--params", "data/recipes/mlp-fashion.yaml")
+    assert (decision["model"], decision["version"]) == ("mlp-fashion", "v0.1.0")
+    assert decision["stages"]["reduce"]["size_bytes"] < digits * 1.01
+    spec = json.loads((workspace.root / "data/models/finetune/model.json").read_text())
+    assert spec["weights"]["model"] == "mlp-digits"
+    assert spec["weights"]["version"] == "v0.1.0"
+
+
+def picture(path: Path, kind: str, hue: int, rng: random.Random) -> None:
+    """A photo-like image: a gradient of its class's colour with noise, in any size and format."""
+    size = (rng.randint(40, 90), rng.randint(40, 90))
+    base = Image.linear_gradient("L").resize(size)
+    noise = Image.effect_noise(size, 60)
+    bands = [Image.blend(base, noise, 0.4).point(lambda v, g=gain: v * g // 255) for gain in (hue, 255 - hue, 120)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.merge("RGB", bands).save(path, kind)
+
+
+def test_a_folder_of_images_goes_through_by_changing_the_parameters_only(workspace: Workspace, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    suffixes = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp", "WEBP": "webp", "TIFF": "tiff"}
+    for label, hue in (("red", 250), ("green", 10), ("blue", 128)):
+        for index in range(60):
+            kind = list(suffixes)[index % len(suffixes)]
+            picture(tmp_path / "photos" / label / f"{index}.{suffixes[kind]}", kind, hue, rng)
+    (tmp_path / "photos" / "red" / "broken.jpg").write_bytes(b"not an image")
+    truncated = tmp_path / "photos" / "blue" / "1.png"
+    truncated.write_bytes(truncated.read_bytes()[:200])
+    yaml = YAML(typ="safe")
+    recipe = yaml.load(ROOT / "data/recipes/folder.yaml")
+    recipe["ingest"] |= {"path": str(tmp_path / "photos"), "max_corrupt_fraction": 0.05}
+    recipe |= {"model": "photos", "classes": ["red", "green", "blue"]}
+    recipe["validate"] |= {"min_rows_per_class": 2}
+    recipe["finetune"] |= {"image_size": 32}
+    recipe["finetune"]["training"] |= {"epochs": 2, "batch_size": 16}
+    recipe["prune"]["recovery"]["training"] |= {"epochs": 2, "batch_size": 16}
+    recipe["quantize"] |= {"calibration_images": 64}
+    recipe["gate"] |= {"min_top1": 0.0, "max_top1_drop": 1.0, "max_latency_ratio": 10.0, "min_class_recall": 0.0}
+    yaml.dump(recipe, workspace.root / "params.yaml")
+    decision = workspace.run()
+    assert (decision["outcome"], decision["model"]) == ("promoted", "photos")
+    assert set(decision["stages"]["reduce"]["class_recall"]) == {"red", "green", "blue"}
+    verdict = json.loads((workspace.root / "data/reports/validate.json").read_text())
+    decodable = next(one for one in verdict["expectations"] if one["name"] == "decodable")
+    assert {one["path"] for one in decodable["offending"]} == {"red/broken.jpg", "blue/1.png"}
+
+
+def deployed(workspace: Workspace) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = workspace.post("deployments/filter")
+    return found
+
+
+def finished(workspace: Workspace, deployment: str) -> dict[str, Any] | None:
+    runs = workspace.post("flow_runs/filter", deployments={"id": {"any_": [deployment]}})
+    done = [one for one in runs if one["state"] and one["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED")]
+    return done[0] if done else None
+
+
+def test_the_deployment_runs_on_a_process_work_pool(workspace: Workspace) -> None:
+    workspace.output("prefect", "work-pool", "create", "weighin", "--type", "process")
+    done = workspace.call(
+        "prefect",
+        "--no-prompt",
+        "deploy",
+        "--all",
+        "--prefect-file",
+        "deploy/prefect.yaml",
+        WEIGHIN_HOME=str(workspace.root),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (deployment,) = deployed(workspace)
+    assert [one["schedule"]["cron"] for one in deployment["schedules"]] == ["0 3 * * 1"]
+    workspace.post(f"deployments/{deployment['id']}/create_flow_run")
+    workspace.output("prefect", "worker", "start", "--pool", "weighin", "--run-once")
+    run = wait_for(lambda: finished(workspace, deployment["id"]), "the deployment's run")
+    assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
+    assert workspace.ran() == []
+    httpx.delete(f"{workspace.api}/deployments/{deployment['id']}").raise_for_status()
+
+
+def test_a_schedule_is_served_until_it_is_stopped(workspace: Workspace) -> None:
+    serving = subprocess.Popen(
+        [str(BIN / "weighin"), "schedule", "--cron", "0 3 * * 1"], cwd=workspace.root, env=workspace.environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        (deployment,) = wait_for(lambda: deployed(workspace), "the schedule")
+        assert [(one["schedule"]["cron"], one["active"]) for one in deployment["schedules"]] == [("0 3 * * 1", True)]
+        workspace.post(f"deployments/{deployment['id']}/create_flow_run")
+        run = wait_for(lambda: finished(workspace, deployment["id"]), "the scheduled run")
+        assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
+    finally:
+        serving.send_signal(signal.SIGINT)
+        serving.wait(WAIT_S)
+    (deployment,) = deployed(workspace)
+    assert deployment["schedules"][0]["active"] is True  # it is still there when the process comes back
+    httpx.delete(f"{workspace.api}/deployments/{deployment['id']}").raise_for_status()
+
+
+def test_a_schedule_that_is_not_cron_is_wrong_usage(workspace: Workspace) -> None:
+    done = workspace.call("weighin", "schedule", "--cron", "now and then")
+    assert done.returncode == USAGE
+    assert "'now and then' is not a cron expression" in done.stderr
