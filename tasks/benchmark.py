@@ -133,7 +133,8 @@ def write_tables(report: dict[str, Any]) -> None:
     columns = ("top1", "size_bytes", "zst_bytes", "latency_p50_ms", "latency_p90_ms")
     rows = [",".join(("stage", *columns))]
     rows += [
-        ",".join((name, *(f"{stage[column]:.6g}" for column in columns))) for name, stage in report["stages"].items()
+        ",".join((name, *(f"{round(stage[column], 6)}" for column in columns)))
+        for name, stage in report["stages"].items()
     ]
     final = report["stages"]["reduce"]
     classes = list(final["class_recall"])

@@ -3,7 +3,7 @@
 It fails closed: a value that is missing, is no number or is not finite fails its check.
 """
 
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,17 @@ def check(name: str, value: Any, operator: str, limit: Any) -> Check:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _share(value: Any) -> Any:
+    """A measured share; None if it cannot be one."""
+    return value if _is_number(value) and 0 <= value <= 1 else None
+
+
+def _amount(value: Any) -> Any:
+    """A measured size or time; None if it cannot be one: what weighs nothing was not weighed."""
+    return value if _is_number(value) and value > 0 else None
 
 
 def gate(
@@ -42,14 +52,14 @@ def gate(
     checks = [
         check("model_sha256", _at(last, "sha256"), "==", model_sha256),
         check("data_sha256", _at(report, "data_sha256"), "==", data_sha256),
-        check("top1", _at(last, "top1"), ">=", limits.min_top1),
-        check("top1_drop", _difference(_at(first, "top1"), _at(last, "top1")), "<=", limits.max_top1_drop),
-        check("size_bytes", _at(last, "size_bytes"), "<=", limits.max_size_bytes),
-        check("latency_ratio", _ratio(last, first), "<=", limits.max_latency_ratio),
+        check("top1", _share(_at(last, "top1")), ">=", limits.min_top1),
+        check("top1_drop", _drop(first, last), "<=", limits.max_top1_drop),
+        check("size_bytes", _amount(_at(last, "size_bytes")), "<=", limits.max_size_bytes),
+        check("latency_ratio", _ratio(first, last), "<=", limits.max_latency_ratio),
         check("class_recall", _worst(_at(last, "class_recall"), classes), ">=", limits.min_class_recall),
     ]
     if limits.max_latency_ms is not None:
-        checks.append(check("latency_ms", _at(last, "latency_p50_ms"), "<=", limits.max_latency_ms))
+        checks.append(check("latency_ms", _amount(_at(last, "latency_p50_ms")), "<=", limits.max_latency_ms))
     return {
         "passed": all(one["passed"] for one in checks),
         "checks": checks,
@@ -64,20 +74,21 @@ def _at(content: Any, *keys: str) -> Any:
     return content
 
 
-def _difference(before: Any, after: Any) -> float | None:
-    if not (_is_number(before) and _is_number(after)):
+def _drop(first: Any, last: Any) -> float | None:
+    before, after = _share(_at(first, "top1")), _share(_at(last, "top1"))
+    if before is None or after is None:
         return None
     return round(float(before - after), 9)  # 0.91 - 0.90 must not fail a limit of 0.01 by a rounding error
 
 
-def _ratio(last: Any, first: Any) -> float | None:
-    value, base = _at(last, "latency_p50_ms"), _at(first, "latency_p50_ms")
-    return value / base if _is_number(value) and _is_number(base) and base > 0 else None
+def _ratio(first: Any, last: Any) -> float | None:
+    value, base = _amount(_at(last, "latency_p50_ms")), _amount(_at(first, "latency_p50_ms"))
+    return None if value is None or base is None else value / base
 
 
 def _worst(recall: Any, classes: tuple[str, ...]) -> float | None:
-    values = [_at(recall, name) for name in classes]
-    return min(values) if all(_is_number(value) for value in values) else None
+    values = [_share(_at(recall, name)) for name in classes]
+    return None if None in values else min(values)
 
 
 def sentence(verdict: dict[str, Any]) -> str:

@@ -1,0 +1,161 @@
+"""Small real networks as ONNX files, and a repository in miniature to run stages in."""
+
+import copy
+import functools
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from ruamel.yaml import YAML
+from torch import nn
+
+from tasks import prune
+from tasks.core import backbone, config, masks, training
+from tasks.core.backbone import Spec
+from tasks.core.dataset import Preprocessing
+from tasks.core.export import export
+from tasks.quantize import quantize
+
+ROOT = Path(__file__).parents[1]
+CLASSES = ("cat", "dog", "owl", "fox")
+CALIBRATION = config.Quantize(calibration_images=32, percentile=99.99)
+# Input size, residual blocks that go, and the multiple that channel counts are pruned to, half of them going.
+MASKED: dict[str, tuple[int, list[str], int]] = {
+    "mlp": (28, [], 4),
+    "lenet-5": (28, [], 2),
+    "mobilenetv2_050": (32, ["blocks.2.1", "blocks.3.2"], 8),
+    "resnet18": (32, ["layer2.1", "layer3.1"], 16),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with masked channels and blocks, as fp32 and as int8, and what it was masked to."""
+
+    path: Path
+    quantized: onnx.ModelProto
+    preprocessing: Preprocessing
+    slim: dict[str, tuple[int, ...]]  # weights by name in the network that has what is masked removed
+
+
+def png(seed: int, size: int = 32) -> bytes:
+    """Coloured noise with large and small structure."""
+    rng = np.random.default_rng(seed)
+    rough = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((size, size))
+    pixels = np.asarray(rough).astype(int) + rng.integers(-40, 40, (size, size, 3))
+    stream = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_split(path: Path, images: list[bytes], classes: tuple[str, ...] = CLASSES) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labels = [classes[index % len(classes)] for index in range(len(images))]
+    pq.write_table(pa.table({"image": pa.array(images, pa.binary()), "label": pa.array(labels, pa.string())}), path)
+
+
+@torch.no_grad()
+def randomise(net: nn.Module) -> None:
+    """Statistics and scales as after training, so that normalisation does something."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_(0, 0.2)
+            module.running_mean.normal_(0, 0.2)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="session")
+def images() -> list[bytes]:
+    return [png(seed) for seed in range(32)]
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory: pytest.TempPathFactory, images: list[bytes]) -> Callable[[str], Network]:
+    """The masked network of a name in MASKED, made once."""
+    root = tmp_path_factory.mktemp("networks")
+    write_split(root / "val.parquet", images[:4])
+
+    @functools.cache
+    def make(name: str) -> Network:
+        torch.manual_seed(0)
+        size, blocks, multiple = MASKED[name]
+        preprocessing = backbone.preprocessing(name, size)
+        spec = Spec(backbone=name, classes=CLASSES, preprocessing=preprocessing, weights={})
+        full = backbone.create(name, len(CLASSES), preprocessing)
+        randomise(full)
+        slim = copy.deepcopy(full)
+        masks.remove_blocks(slim, blocks)
+        params = config.Prune(channels=config.Channels(ratio=0.5, multiple=multiple))
+        val = training.Images(root / "val.parquet", preprocessing, CLASSES)
+        plan = prune.decide(slim, params, val, backbone.head(full))
+        masks.scatter(slim, full, plan["channels"])
+        path = root / f"{name}.onnx"
+        export(full, spec, path)
+        weights = {name: tuple(tensor.shape) for name, tensor in slim.state_dict().items() if tensor.ndim > 1}
+        return Network(path, quantize(path, images, preprocessing, CALIBRATION), preprocessing, weights)
+
+    return make
+
+
+class Repository:
+    """A folder laid out as the repository, in which stages run as DVC runs them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def params(self, **changes: Any) -> None:
+        """params.yaml of the repository for these classes, with some sections' values changed."""
+        yaml = YAML(typ="safe")
+        content = yaml.load(ROOT / "params.yaml") | {"classes": list(CLASSES)}
+        for section, values in changes.items():
+            content[section] = content[section] | values
+        yaml.dump(content, self.root / "params.yaml")
+
+    def model(self, stage: str) -> Path:
+        path = self.root / "data/models" / stage / "model.onnx"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def split(self, name: str, images: list[bytes]) -> Path:
+        path = self.root / "data/prepared" / f"{name}.parquet"
+        write_split(path, images)
+        return path
+
+    def report(self, stage: str) -> Path:
+        path = self.root / "data/reports" / f"{stage}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def run(self, stage: str) -> subprocess.CompletedProcess[str]:
+        """A stage by its name, or a script in the folder by its file name."""
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, *([stage] if stage.endswith(".py") else ["-m", f"tasks.{stage}"])]
+        return subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
+
+    def sentence(self, stage: str) -> str:
+        """The one line that the stage says on stderr when it cannot go on."""
+        done = self.run(stage)
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1, done.stderr
+        return done.stderr.removeprefix("error: ").strip()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    made = Repository(tmp_path)
+    made.params()
+    return made

@@ -1,0 +1,292 @@
+"""quantize: int8 throughout, from training images only, the same bytes every time, and clear sentences."""
+
+import io
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import CALIBRATION, CLASSES, MASKED, ROOT, Network, Repository, png, write_split
+from onnx import helper, numpy_helper
+from PIL import Image
+
+from tasks.core import dataset, graph, session
+from tasks.core.errors import StageError
+from tasks.quantize import BATCH, Reader, calibration_images, check_scales, float_layers, quantize
+
+Networks = Callable[[str], Network]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_weights_are_int8_per_channel_and_activations_uint8(name: str, networks: Networks) -> None:
+    model = networks(name).quantized
+    constants, known = graph.initializers(model), graph.shapes(model)
+    readers = {source: node for node in model.graph.node for source in node.input}
+    weights = 0
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        scale = numpy_helper.to_array(constants[node.input[1]])
+        kind = constants[node.input[2]].data_type
+        values = constants.get(node.input[0])
+        if values is None:
+            assert scale.ndim == 0, "an activation has one scale"
+            assert kind == onnx.TensorProto.UINT8
+        elif readers[node.output[0]].input[1] == node.output[0]:
+            weights += 1
+            assert values.data_type == kind == onnx.TensorProto.INT8
+            axis = graph.attribute(node, "axis", 1) % len(values.dims)
+            width = known[readers[node.output[0]].output[0]][1]
+            assert scale.shape == (values.dims[axis],) == (width,)
+            assert not numpy_helper.to_array(constants[node.input[2]]).any()
+        else:
+            assert values.data_type == onnx.TensorProto.INT32, "a bias"
+    assert weights == sum(node.op_type in graph.WEIGHTED for node in model.graph.node) > 1
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_no_float_layer_is_left(name: str, networks: Networks, tmp_path: Path) -> None:
+    onnx.save(networks(name).quantized, tmp_path / "int8.onnx")
+    assert float_layers(tmp_path / "int8.onnx") == []
+    float_ones = float_layers(networks(name).path)
+    assert len(float_ones) == sum(node.op_type in graph.WEIGHTED for node in networks(name).quantized.graph.node)
+
+
+def test_a_layer_left_in_float_is_named(networks: Networks, tmp_path: Path) -> None:
+    """The second convolution reads its weights as float."""
+    model = onnx.ModelProto()
+    model.CopyFrom(networks("lenet-5").quantized)
+    constants = graph.Constants(model)
+    conv = [node for node in model.graph.node if node.op_type == "Conv"][1]
+    dequantizer = constants.dequantized[conv.input[1]]
+    values, scale = (numpy_helper.to_array(constants.tensors[name]) for name in dequantizer.input[:2])
+    model.graph.initializer.append(
+        numpy_helper.from_array((values * scale.reshape(-1, 1, 1, 1)).astype(np.float32), "float_weight")
+    )
+    conv.input[1] = "float_weight"
+    onnx.save(model, tmp_path / "mixed.onnx")
+    left = float_layers(tmp_path / "mixed.onnx")
+    assert len(left) == 1
+    assert "Conv of float_weight" in left[0]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_int8_answers_nearly_as_float(name: str, networks: Networks, tmp_path: Path) -> None:
+    network = networks(name)
+    onnx.save(network.quantized, tmp_path / "int8.onnx")
+    batch = Reader([png(seed) for seed in range(100, 100 + BATCH)], network.preprocessing).get_next()
+    assert batch is not None
+    expected, found = (
+        session.logits(session.open_session(path, 1), batch["image"]) for path in (network.path, tmp_path / "int8.onnx")
+    )
+    assert np.corrcoef(expected.ravel(), found.ravel())[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_zeros_stay_zeros(name: str, networks: Networks) -> None:
+    (size, before), (same, after) = (
+        graph.parameters(model) for model in (onnx.load(networks(name).path), networks(name).quantized)
+    )
+    assert size == same
+    assert 0 < after <= before < 0.8 * size
+
+
+def test_what_a_device_needs_to_know_stays(networks: Networks, tmp_path: Path) -> None:
+    onnx.save(networks("lenet-5").quantized, tmp_path / "int8.onnx")
+    before, after = (
+        session.description(session.open_session(path, 1))
+        for path in (networks("lenet-5").path, tmp_path / "int8.onnx")
+    )
+    assert before == after == (networks("lenet-5").preprocessing, CLASSES)
+    assert networks("lenet-5").quantized.graph.input == onnx.load(networks("lenet-5").path).graph.input
+
+
+def test_the_same_bytes_twice(networks: Networks, images: list[bytes]) -> None:
+    network = networks("lenet-5")
+    again = quantize(network.path, images, network.preprocessing, CALIBRATION)
+    assert again.SerializeToString() == network.quantized.SerializeToString()
+
+
+def test_ranges_come_from_every_piece(networks: Networks) -> None:
+    """The brightest images are in the second batch: the input's range must hold them."""
+    network = networks("lenet-5")
+    black, white = (plain(value) for value in (0, 255))
+    model = quantize(network.path, [black] * BATCH + [white] * BATCH, network.preprocessing, CALIBRATION)
+    node = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
+    scale, zero = (numpy_helper.to_array(graph.initializers(model)[name]) for name in node.input[1:])
+    assert node.input[0] == "image"
+    assert (255 - int(zero)) * float(scale) == pytest.approx(1, abs=0.02)
+
+
+def plain(value: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("L", (28, 28), value).save(stream, "PNG")
+    return stream.getvalue()
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from tasks.core import config, probe, session
+from tasks.quantize import quantize
+model, image, count = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes(), int(sys.argv[3])
+preprocessing, _ = session.description(session.open_session(model, 1))
+quantize(model, [image] * count, preprocessing, config.Quantize(calibration_images=count, percentile=99.9))
+print(probe.peak_rss_bytes())
+"""
+
+
+def test_memory_does_not_grow_with_the_calibration_images(networks: Networks, tmp_path: Path) -> None:
+    """All features of 1,024 images are over 100 MB; those of one batch are 4 MB."""
+    (tmp_path / "image.png").write_bytes(png(0, 28))
+
+    def peak(count: int) -> int:
+        command = [sys.executable, "-c", PEAK, str(networks("lenet-5").path), str(tmp_path / "image.png"), str(count)]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+    assert peak(1024) - peak(64) < 40_000_000
+
+
+def test_images_are_decoded_batch_by_batch(networks: Networks, images: list[bytes]) -> None:
+    reader = Reader([*images, *images, b"never decoded"], networks("lenet-5").preprocessing)
+    assert len(reader) == 2
+    reader.set_range(1, 2)
+    batch = reader.get_next()
+    assert batch is not None
+    assert batch["image"].shape == (BATCH, 1, 28, 28)
+    assert batch["image"].dtype == np.float32
+    assert reader.get_next() is None
+
+
+def test_percentile_and_reduced_range_are_obeyed(networks: Networks, images: list[bytes]) -> None:
+    network = networks("lenet-5")
+
+    def scales(**changes: object) -> tuple[float, int]:
+        model = quantize(network.path, images, network.preprocessing, CALIBRATION.model_copy(update=changes))
+        constants = graph.initializers(model)
+        image = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
+        weights = [numpy_helper.to_array(t) for t in constants.values() if t.data_type == 3 and len(t.dims) > 1]
+        return float(numpy_helper.to_array(constants[image.input[1]])), max(int(abs(w).max()) for w in weights)
+
+    full, wide = scales()
+    cut, narrow = scales(percentile=60.0, reduce_range=True)
+    assert cut < 0.9 * full
+    assert (wide, narrow) == (127, 64)
+
+
+def test_calibration_images_are_spread_over_the_split_in_its_order(tmp_path: Path) -> None:
+    every = [bytes([index]) for index in range(101)]
+    write_split(tmp_path / "train.parquet", every)
+    chosen = calibration_images(tmp_path / "train.parquet", CLASSES, 70)
+    assert len(chosen) == 64
+    assert chosen == sorted(set(chosen))
+    assert (chosen[0], chosen[-1]) == (every[0], every[-1])
+    assert max(b[0] - a[0] for a, b in itertools.pairwise(chosen)) == 2
+    assert chosen == calibration_images(tmp_path / "train.parquet", CLASSES, 70)
+    assert len(calibration_images(tmp_path / "train.parquet", CLASSES, 1000)) == 96
+
+
+def test_too_few_images_are_refused(tmp_path: Path) -> None:
+    write_split(tmp_path / "train.parquet", [b""] * (BATCH - 1))
+    with pytest.raises(StageError, match=f"has {BATCH - 1} images: calibration needs at least {BATCH}"):
+        calibration_images(tmp_path / "train.parquet", CLASSES, 512)
+
+
+def poisoned(network: Network, position: int, value: float, path: Path) -> Path:
+    model = onnx.load(network.path)
+    tensor = [one for one in model.graph.initializer if one.data_type == onnx.TensorProto.FLOAT][position]
+    values = numpy_helper.to_array(tensor).copy()
+    values.flat[0] = value
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("position", range(8))
+def test_weights_that_are_not_finite_are_refused(
+    position: int, value: float, networks: Networks, images: list[bytes], tmp_path: Path
+) -> None:
+    network = networks("lenet-5")
+    path = poisoned(network, position, value, tmp_path / "model.onnx")
+    with pytest.raises(StageError, match="finite"):
+        quantize(path, images, network.preprocessing, CALIBRATION)
+
+
+@pytest.mark.parametrize("change", [{"mean": (float("nan"),)}, {"std": (0.0,)}], ids=["nan", "infinite"])
+def test_images_that_are_not_finite_are_refused(
+    change: dict[str, tuple[float]], networks: Networks, images: list[bytes]
+) -> None:
+    network = networks("lenet-5")
+    with pytest.raises(StageError, match=r"cannot be calibrated on these images: .* not finite"):
+        quantize(network.path, images, network.preprocessing.model_copy(update=change), CALIBRATION)
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, 0.0, -1.0])
+def test_a_scale_that_is_no_positive_number_is_refused(scale: float) -> None:
+    nodes = [helper.make_node("QuantizeLinear", ["features", "scale"], ["codes"])]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [], [], [numpy_helper.from_array(np.asarray(scale, np.float32), "scale")])
+    )
+    with pytest.raises(StageError, match="the range of features is not finite"):
+        check_scales(model)
+
+
+def prepared(repository: Repository, source: Path, train: int = 70) -> None:
+    repository.params(quantize={"calibration_images": 64})
+    repository.model("prune").write_bytes(source.read_bytes())
+    repository.split("train", [png(seed) for seed in range(train)])
+    repository.split("val", [png(seed) for seed in range(200, 220)])
+
+
+def test_the_stage_leaves_the_model_and_its_numbers(repository: Repository, networks: Networks) -> None:
+    network = networks("lenet-5")
+    prepared(repository, network.path)
+    repository.split("test", []).write_bytes(b"whoever reads this fails")
+    done = repository.run("quantize")
+    assert (done.returncode, done.stderr) == (0, "")
+    chosen = [png(int(seed)) for seed in np.linspace(0, 69, 64).astype(int)]
+    params = CALIBRATION.model_copy(update={"percentile": 99.999})
+    expected = quantize(network.path, chosen, network.preprocessing, params)
+    assert repository.model("quantize").read_bytes() == expected.SerializeToString()
+    report = json.loads(repository.report("quantize").read_text())
+    ready = session.open_session(repository.model("quantize"), 1)
+    val = np.stack([dataset.tensor(png(seed), network.preprocessing) for seed in range(200, 220)])
+    right = session.logits(ready, val).argmax(1) == np.arange(20) % len(CLASSES)
+    assert report == {"val_top1": right.mean(), "calibration_images": 64, "float_layers": 0}
+
+
+def test_the_stage_needs_images_to_calibrate_on(repository: Repository, networks: Networks) -> None:
+    prepared(repository, networks("lenet-5").path, train=31)
+    said = repository.sentence("quantize")
+    assert said == "data/prepared/train.parquet has 31 images: calibration needs at least 32"
+
+
+def test_the_stage_refuses_a_model_with_nan_and_keeps_its_last_output(
+    repository: Repository, networks: Networks, tmp_path: Path
+) -> None:
+    prepared(repository, poisoned(networks("lenet-5"), 2, np.nan, tmp_path / "nan.onnx"))
+    repository.model("quantize").write_bytes(b"the last good model")
+    assert "data/models/prune/model.onnx cannot be calibrated" in repository.sentence("quantize")
+    assert repository.model("quantize").read_bytes() == b"the last good model"
+
+
+def test_the_stage_refuses_a_model_that_stays_in_float(repository: Repository, networks: Networks) -> None:
+    """A convolution's bias that follows the image has no int8 form."""
+    model = onnx.load(networks("lenet-5").path)
+    conv = next(node for node in model.graph.node if node.op_type == "Conv")
+    level = helper.make_node("ReduceMean", ["image"], ["level"], keepdims=0)
+    bias = helper.make_node("Mul", [conv.input[2], "level"], ["bias"])
+    conv.input[2] = "bias"
+    model.graph.node.insert(0, bias)
+    model.graph.node.insert(0, level)
+    path = repository.root / "float.onnx"
+    onnx.save(model, path)
+    prepared(repository, path)
+    assert "data/models/quantize/model.onnx still computes in float: Conv of " in repository.sentence("quantize")
+    assert not repository.model("quantize").exists()

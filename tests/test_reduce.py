@@ -1,0 +1,650 @@
+"""reduce: what is zero goes physically, and not one bit of any logit changes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import pytest
+from conftest import CALIBRATION, CLASSES, MASKED, Network, Repository, png, write_split
+from onnx import helper, numpy_helper
+
+from tasks.core import dataset, graph, session
+from tasks.core.dataset import Preprocessing
+from tasks.core.errors import StageError
+from tasks.core.export import describe
+from tasks.quantize import quantize
+from tasks.reduce import layers, prove, reduce
+
+Logits = npt.NDArray[np.float32]
+INPUT = Preprocessing(size=8, channels=3, mean=(0.4, 0.5, 0.6), std=(0.3, 0.2, 0.3))
+
+
+def answer(model: onnx.ModelProto, images: Logits, threads: int = 1, optimized: bool = True) -> Logits:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    ready = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.logits(ready, images)
+
+
+def random_images(model: onnx.ModelProto, count: int = 16, seed: int = 0) -> Logits:
+    shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim[1:]]
+    return np.random.default_rng(seed).normal(0, 2, (count, *shape)).astype(np.float32)
+
+
+def assert_same_bits(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
+    images = random_images(before)
+    for threads in (1, 2):
+        for optimized in (True, False):
+            expected, found = (answer(model, images, threads, optimized) for model in (before, after))
+            assert expected.std() > 0
+            assert expected.tobytes() == found.tobytes(), f"{threads=} {optimized=}"
+
+
+def shapes(model: onnx.ModelProto) -> list[tuple[int, ...]]:
+    """Of all weights, in order."""
+    return [layer.weight.shape for layer in layers(model, graph.Constants(model))]
+
+
+def kinds(model: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in model.graph.node]
+
+
+class Builder:
+    """Writes a float network of 3x8x8 images, layer by layer; every method returns the name of its result.
+
+    `dead` are output channels with zero weights and bias, `ignored` input channels with zero weights.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.width = {"image": 3}  # channels of each result
+        self.side = {"image": 8}  # height and width of each result; 0 after flatten
+
+    def constant(self, values: npt.NDArray[Any]) -> str:
+        self.constants.append(numpy_helper.from_array(values, f"w{len(self.constants)}"))
+        return self.constants[-1].name
+
+    def node(self, kind: str, *inputs: str, width: int = 0, side: int = -1, **attributes: Any) -> str:
+        name = f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [name], **attributes))
+        self.width[name] = width or self.width[inputs[0]]
+        self.side[name] = self.side[inputs[0]] if side < 0 else side
+        return name
+
+    def weights(self, *shape: int, dead: Any = (), ignored: Any = ()) -> npt.NDArray[np.float32]:
+        values = self.rng.normal(0, 1 / np.sqrt(np.prod(shape[1:])), shape).astype(np.float32)
+        values[list(dead)] = 0
+        values[:, list(ignored)] = 0
+        return values
+
+    def bias(self, width: int, dead: Any = ()) -> str:
+        values = self.rng.normal(0, 0.1, width).astype(np.float32)
+        values[list(dead)] = 0
+        return self.constant(values)
+
+    def conv(
+        self, x: str, width: int, dead: Any = (), ignored: Any = (), size: int = 3, groups: int = 1, bias: bool = True
+    ) -> str:
+        weight = self.weights(width, self.width[x] // groups, size, size, dead=dead, ignored=ignored)
+        inputs = [self.constant(weight)] + ([self.bias(width, dead)] if bias else [])
+        return self.node("Conv", x, *inputs, width=width, group=groups, pads=[size // 2] * 4)
+
+    def depthwise(self, x: str, dead: Any = (), bias: bool = True) -> str:
+        return self.conv(x, self.width[x], dead, groups=self.width[x], bias=bias)
+
+    def relu(self, x: str) -> str:
+        return self.node("Relu", x)
+
+    def clip(self, x: str, low: float, high: float) -> str:
+        return self.node("Clip", x, *(self.constant(np.asarray(bound, np.float32)) for bound in (low, high)))
+
+    def pool(self, x: str, kind: str = "MaxPool") -> str:
+        return self.node(kind, x, side=self.side[x] // 2, kernel_shape=[2, 2], strides=[2, 2])
+
+    def mean(self, x: str) -> str:
+        return self.node("GlobalAveragePool", x, side=1)
+
+    def flatten(self, x: str) -> str:
+        return self.node("Flatten", x, width=self.width[x] * self.side[x] ** 2, side=0, axis=1)
+
+    def gemm(self, x: str, width: int, dead: Any = (), ignored: Any = (), transposed: bool = True) -> str:
+        weight = self.weights(width, self.width[x], dead=dead, ignored=ignored)
+        name = self.constant(weight if transposed else np.ascontiguousarray(weight.T))
+        return self.node("Gemm", x, name, self.bias(width, dead), width=width, transB=int(transposed))
+
+    def matmul(self, x: str, width: int, dead: Any = (), ignored: Any = ()) -> str:
+        weight = self.weights(width, self.width[x], dead=dead, ignored=ignored)
+        return self.node("MatMul", x, self.constant(np.ascontiguousarray(weight.T)), width=width)
+
+    def head(self, x: str, **options: Any) -> str:
+        return self.gemm(self.flatten(self.mean(x)), 4, **options)
+
+    def model(self, logits: str) -> onnx.ModelProto:
+        shape: list[str | int | None] = ["batch", 3, 8, 8]
+        self.nodes.append(helper.make_node("Identity", [logits], ["logits"]))
+        made = helper.make_model(
+            helper.make_graph(
+                self.nodes,
+                "network",
+                [helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, shape)],
+                [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", self.width[logits]])],
+                self.constants,
+            ),
+            opset_imports=[helper.make_opsetid("", 20)],
+            ir_version=10,
+        )
+        describe(made, {"classes": CLASSES, **INPUT.model_dump(mode="json")})
+        onnx.checker.check_model(made, full_check=True)
+        return made
+
+
+@pytest.fixture
+def int8(tmp_path: Path, images: list[bytes]) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
+    def quantized(model: onnx.ModelProto) -> onnx.ModelProto:
+        onnx.save(model, tmp_path / "float.onnx")
+        return quantize(tmp_path / "float.onnx", images, INPUT, CALIBRATION)
+
+    return quantized
+
+
+Int8 = Callable[[onnx.ModelProto], onnx.ModelProto]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_masked_network_shrinks_to_its_plan_without_changing_a_bit(
+    name: str, networks: Callable[[str], Network]
+) -> None:
+    network = networks(name)
+    argument = network.quantized.SerializeToString(deterministic=True)
+    reduced, record = reduce(network.quantized)
+    assert network.quantized.SerializeToString(deterministic=True) == argument
+    assert_same_bits(network.quantized, reduced)
+    assert sorted(shapes(reduced)) == sorted(network.slim.values())
+    assert reduced.ByteSize() < 0.75 * network.quantized.ByteSize()
+    before, after = (sum(np.prod(shape) for shape in shapes(model)) for model in (network.quantized, reduced))
+    assert after < 0.6 * before
+    gone = [np.prod(row["weight_before"]) - np.prod(row["weight_after"]) for row in record["layers"]]
+    assert min(gone) > 0
+    assert record["nodes_removed"] == len(network.quantized.graph.node) - len(reduced.graph.node)
+    blocks = len(MASKED[name][1])
+    assert len(record["residual_sums_removed"]) == blocks
+    assert kinds(reduced).count("Add") == kinds(network.quantized).count("Add") - blocks
+    assert reduced.graph.input == network.quantized.graph.input
+    assert reduced.graph.output == network.quantized.graph.output
+    assert [entry.key for entry in reduced.metadata_props] == ["weighin"]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_reducing_twice_removes_nothing_more(name: str, networks: Callable[[str], Network]) -> None:
+    once, _ = reduce(networks(name).quantized)
+    twice, record = reduce(once)
+    assert record == {"residual_sums_removed": [], "layers": [], "nodes_removed": 0}
+    assert twice.SerializeToString(deterministic=True) == once.SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_the_reduced_network_still_runs_in_integers(
+    name: str, networks: Callable[[str], Network], tmp_path: Path
+) -> None:
+    reduced, _ = reduce(networks(name).quantized)
+    for file, model in (("before", networks(name).quantized), ("after", reduced)):
+        onnx.save(model, tmp_path / f"{file}.onnx")
+    before, after = (kinds(session.optimized(tmp_path / f"{file}.onnx")) for file in ("before", "after"))
+    assert {kind for kind in after if kind not in before} == set()
+    assert after.count("QLinearConv") == sum(len(shape) == 4 for shape in networks(name).slim.values())
+
+
+def chain(b: Builder, middle: Callable[[str], str], dead: Any = (1, 3, 4)) -> onnx.ModelProto:
+    """Eight channels, some of them dead, then `middle`, a second convolution and the head."""
+    return b.model(b.head(b.relu(b.conv(middle(b.conv("image", 8, dead=dead)), 6))))
+
+
+HANDED_ON: dict[str, Callable[[Builder, str], str]] = {
+    "nothing": lambda b, x: x,
+    "Relu": lambda b, x: b.relu(x),
+    "Clip that holds zero": lambda b, x: b.clip(x, -0.5, 6),
+    "MaxPool": lambda b, x: b.pool(x),
+    "AveragePool": lambda b, x: b.pool(x, "AveragePool"),
+    "Identity": lambda b, x: b.node("Identity", x),
+    "depthwise": lambda b, x: b.depthwise(b.relu(x), dead=(1, 3, 4)),
+    "depthwise without bias": lambda b, x: b.depthwise(x, bias=False),
+    "residual": lambda b, x: b.node("Add", x, b.conv(b.relu(b.conv(x, 5)), 8, dead=(1, 3, 4))),
+    "twice itself": lambda b, x: b.node("Add", x, x),
+}
+
+KEPT: dict[str, Callable[[Builder, str], str]] = {
+    "Sigmoid": lambda b, x: b.node("Sigmoid", x),
+    "Mul": lambda b, x: b.node("Mul", x, b.node("Sigmoid", x)),
+    "Add of a constant": lambda b, x: b.node("Add", x, b.constant(b.weights(1, 8, 1, 1))),
+    "Concat": lambda b, x: b.node("Concat", x, b.conv(x, 2), width=10, axis=1),
+    "grouped convolution": lambda b, x: b.conv(x, 8, groups=2),
+    "channel multiplier": lambda b, x: b.conv(x, 16, groups=8),
+    "depthwise with bias": lambda b, x: b.depthwise(x),
+    "residual with other zeros": lambda b, x: b.node("Add", x, b.conv(x, 8, dead=(0, 2))),
+    "broadcast of one channel": lambda b, x: b.node("Add", x, b.conv(x, 1)),
+    "Transpose": lambda b, x: b.node("Transpose", x, width=8, perm=[0, 2, 1, 3]),
+    "matrix product over the width": lambda b, x: b.node("MatMul", x, b.constant(b.weights(8, 8, dead=(0, 1, 2)))),
+}
+
+
+@pytest.mark.parametrize("middle", HANDED_ON.values(), ids=HANDED_ON)
+def test_zero_channels_go_through_what_hands_them_on(middle: Callable[[Builder, str], str], int8: Int8) -> None:
+    b = Builder()
+    model = int8(chain(b, lambda x: middle(b, x)))
+    reduced, _ = reduce(model)
+    assert_same_bits(model, reduced)
+    assert shapes(reduced)[0] == (5, 3, 3, 3)
+    assert (6, 5, 3, 3) in shapes(reduced)
+    groups = [graph.attribute(node, "group", 1) for node in reduced.graph.node if node.op_type == "Conv"]
+    assert set(groups) <= {1, 5}
+
+
+@pytest.mark.parametrize("middle", KEPT.values(), ids=KEPT)
+def test_channels_stay_where_they_cannot_be_told_apart_or_do_not_stay_zero(
+    middle: Callable[[Builder, str], str], int8: Int8
+) -> None:
+    b = Builder()
+    model = int8(chain(b, lambda x: middle(b, x)))
+    reduced, record = reduce(model)
+    assert_same_bits(model, reduced)
+    assert record["layers"] == []
+    assert shapes(reduced) == shapes(model)
+
+
+@pytest.mark.parametrize(("low", "high", "left"), [(0, 6, 5), (-1, 0, 5), (0.25, 6, 8), (-6, -0.25, 8)])
+def test_a_clip_hands_zero_on_only_if_it_lets_zero_through(low: float, high: float, left: int) -> None:
+    b = Builder()
+    model = chain(b, lambda x: b.clip(x, low, high))  # in float: calibration would make the Clip a part of the scale
+    reduced, _ = reduce(model)
+    assert shapes(reduced) == [(left, 3, 3, 3), (6, left, 3, 3), (4, 6)]
+    images = random_images(model)
+    np.testing.assert_allclose(answer(model, images), answer(reduced, images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_sum_that_lines_up_other_axes_ties_no_channels() -> None:
+    """Features (8, 8) are added along height and width of (8, 8, 8, 8), not to its channels."""
+    b = Builder()
+    row = b.gemm(b.flatten(b.mean("image")), 8, dead=[1, 3])
+    model = b.model(b.head(b.node("Add", b.conv("image", 8, dead=[1, 3]), row)))
+    reduced, _ = reduce(model)
+    assert shapes(reduced) == shapes(model)
+    images = random_images(model, count=8)
+    assert answer(model, images).tobytes() == answer(reduced, images).tobytes()
+
+
+def test_a_channel_that_nobody_reads_goes(int8: Int8) -> None:
+    b = Builder()
+    x = b.depthwise(b.relu(b.conv("image", 8)))
+    left, right = (b.relu(b.conv(x, 6, ignored=ignored)) for ignored in ([2, 5, 6], [2, 6, 7]))
+    model = int8(b.model(b.head(b.node("Add", left, right))))
+    reduced, _ = reduce(model)
+    assert_same_bits(model, reduced)
+    assert shapes(reduced) == [(6, 3, 3, 3), (6, 1, 3, 3), (6, 6, 3, 3), (6, 6, 3, 3), (4, 6)]
+
+
+def test_what_only_dead_channels_read_goes_in_turn(int8: Int8) -> None:
+    b = Builder()
+    x = b.relu(b.conv("image", 8))
+    y = b.relu(b.conv(x, 8, ignored=[3], dead=[0, 1]))
+    z = b.relu(b.conv(y, 8, ignored=[4]))
+    model = int8(b.model(b.head(z, ignored=[0, 1, 2, 3])))
+    reduced, _ = reduce(model)
+    assert_same_bits(model, reduced)
+    assert shapes(reduced) == [(7, 3, 3, 3), (5, 7, 3, 3), (4, 5, 3, 3), (4, 4)]
+
+
+def test_one_channel_stays_when_all_are_zero(int8: Int8) -> None:
+    b = Builder()
+    dead = b.relu(b.conv("image", 8, dead=range(8)))
+    alive = b.relu(b.conv("image", 6))
+    model = int8(b.model(b.head(b.node("Add", b.conv(dead, 6), alive))))
+    reduced, _ = reduce(model)
+    assert_same_bits(model, reduced)
+    assert sorted(shapes(reduced)) == sorted([(1, 3, 3, 3), (6, 3, 3, 3), (6, 1, 3, 3), (4, 6)])
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_dead_residual_block_goes_with_its_sum(relu: bool, int8: Int8) -> None:
+    b = Builder()
+    x = b.relu(b.conv("image", 6))
+    x = b.node("Add", b.conv(b.relu(b.conv(x, 9)), 6, dead=range(6)), x)
+    model = int8(b.model(b.head(b.relu(x) if relu else x)))
+    reduced, record = reduce(model)
+    assert_same_bits(model, reduced)
+    assert len(record["residual_sums_removed"]) == 1
+    assert "Add" not in kinds(reduced)
+    assert shapes(reduced) == [(6, 3, 3, 3), (4, 6)]
+
+
+def hand_made(relu: bool, zero_point: int, broadcast: bool = False) -> onnx.ModelProto:
+    """Quantized by hand: Q -> DQ -> Add of a silent convolution -> (Relu ->) Q -> DQ, all with one scale."""
+    constants: dict[str, npt.NDArray[Any]] = {
+        "scale": np.asarray(0.1, np.float32),
+        "zero": np.asarray(zero_point, np.uint8),
+        "weight": np.zeros((2, 2, 1, 1), np.float32),
+    }
+    source = "small" if broadcast else "image"
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["image"], ["small"]),
+        helper.make_node("QuantizeLinear", [source, "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["x"]),
+        helper.make_node("Conv", ["image", "weight"], ["silent"]),
+        helper.make_node("Add", ["x", "silent"], ["sum"]),
+        *([helper.make_node("Relu", ["sum"], ["relu"])] if relu else []),
+        helper.make_node("QuantizeLinear", ["relu" if relu else "sum", "scale", "zero"], ["q2"]),
+        helper.make_node("DequantizeLinear", ["q2", "scale", "zero"], ["logits"]),
+    ]
+    value = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 2, 4, 4]) for name in ("image", "logits")]
+    initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph_ = helper.make_graph(nodes, "hand", [value[0]], [value[1]], initializers)
+    return helper.make_model(graph_, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize(
+    ("model", "removed"),
+    [
+        (hand_made(relu=False, zero_point=100), 1),
+        (hand_made(relu=True, zero_point=0), 1),
+        (hand_made(relu=True, zero_point=100), 0),
+        (hand_made(relu=False, zero_point=100, broadcast=True), 0),
+    ],
+    ids=["sum", "idle relu", "relu at work", "sum that broadcasts"],
+)
+def test_a_sum_goes_only_if_it_changes_nothing(model: onnx.ModelProto, removed: int) -> None:
+    reduced, record = reduce(model)
+    assert len(record["residual_sums_removed"]) == removed
+    images = random_images(model, count=1)
+    assert answer(model, images, optimized=False).tobytes() == answer(reduced, images, optimized=False).tobytes()
+
+
+def test_a_block_that_leaves_with_its_channels(int8: Int8) -> None:
+    """The block's last layer reads dead channels only, so it is silent once they are gone."""
+    b = Builder()
+    x = b.relu(b.conv("image", 6))
+    hidden = b.relu(b.conv(x, 8, dead=[5, 6, 7]))
+    silent = b.conv(hidden, 6, ignored=range(5), bias=False)
+    model = int8(b.model(b.head(b.node("Add", x, silent))))
+    reduced, record = reduce(model)
+    assert_same_bits(model, reduced)
+    assert len(record["residual_sums_removed"]) == 1
+    assert shapes(reduced) == [(6, 3, 3, 3), (4, 6)]
+    assert reduce(reduced)[1]["layers"] == []
+
+
+def test_channels_are_runs_of_features_after_flatten(int8: Int8) -> None:
+    b = Builder()
+    x = b.pool(b.relu(b.conv("image", 8, dead=[0, 7])))
+    ignored = np.arange(3 * 16, 4 * 16)  # every feature of channel 3, and one of channel 4
+    x = b.relu(b.gemm(b.flatten(x), 10, ignored=[*ignored, 4 * 16]))
+    model = int8(b.model(b.gemm(x, 4)))
+    reduced, _ = reduce(model)
+    assert_same_bits(model, reduced)
+    assert shapes(reduced) == [(5, 3, 3, 3), (10, 5 * 16), (4, 10)]
+
+
+@pytest.mark.parametrize("kind", ["transposed", "plain", "matmul"])
+def test_matrix_products_of_every_layout(kind: str, int8: Int8) -> None:
+    b = Builder()
+    x = b.flatten("image")
+    for dead, ignored in (([1, 2], []), ([0, 5], [3])):
+        if kind == "matmul":
+            x = b.relu(b.matmul(x, 8, dead=dead, ignored=ignored))
+        else:
+            x = b.relu(b.gemm(x, 8, dead=dead, ignored=ignored, transposed=kind == "transposed"))
+    model = int8(b.model(b.gemm(x, 4)))
+    reduced, _ = reduce(model)
+    assert_same_bits(model, reduced)
+    expected = [(5, 192), (6, 5), (4, 6)]
+    flipped = [shape if kind == "transposed" else shape[::-1] for shape in expected[:2]]
+    assert shapes(reduced) == [*flipped, expected[2]]
+
+
+def test_scales_and_zero_points_are_cut_with_their_weights(int8: Int8) -> None:
+    b = Builder()
+    model = int8(chain(b, b.relu))
+    reduced, _ = reduce(model)
+    constants = graph.initializers(reduced)
+    per_channel = [
+        (constants[node.input[0]].dims, constants[node.input[1]].dims, graph.attribute(node, "axis", 1))
+        for node in reduced.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants
+    ]
+    assert len(per_channel) == 6
+    assert all(list(scale) == [weight[axis if len(weight) > 1 else 0]] for weight, scale, axis in per_channel)
+    assert all(
+        list(constants[node.input[1]].dims) == [] for node in reduced.graph.node if node.op_type == "QuantizeLinear"
+    )
+
+
+def per_tensor(model: onnx.ModelProto) -> onnx.ModelProto:
+    """One scale for each weight and bias: the largest."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    constants = graph.initializers(made)
+    for node in made.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            scale, zero = (numpy_helper.to_array(constants[name]) for name in node.input[1:3])
+            constants[node.input[1]].CopyFrom(numpy_helper.from_array(scale.max(), node.input[1]))
+            constants[node.input[2]].CopyFrom(numpy_helper.from_array(zero.flat[0], node.input[2]))
+            del node.attribute[:]
+    return made
+
+
+def test_weights_with_one_scale_for_all_channels(int8: Int8) -> None:
+    b = Builder()
+    model = per_tensor(int8(chain(b, b.relu)))
+    reduced, _ = reduce(model)
+    assert_same_bits(model, reduced)
+    assert shapes(reduced) == [(5, 3, 3, 3), (6, 5, 3, 3), (4, 6)]
+
+
+def test_layers_that_share_their_weights_are_cut_each_by_itself(int8: Int8) -> None:
+    b = Builder()
+    weight, bias = b.constant(b.weights(8, 8, 3, 3, dead=[1, 2])), b.bias(8, [1, 2])
+    first = b.relu(b.node("Conv", b.conv("image", 8, dead=[5]), weight, bias, pads=[1] * 4))
+    second = b.relu(b.node("Conv", first, weight, bias, pads=[1] * 4))
+    model = int8(b.model(b.head(second, ignored=[7])))
+    reduced, _ = reduce(model)
+    assert_same_bits(model, reduced)
+    assert shapes(reduced) == [(7, 3, 3, 3), (6, 7, 3, 3), (5, 6, 3, 3), (4, 5)]
+
+
+def test_dead_nodes_neither_pin_nor_read(int8: Int8) -> None:
+    b = Builder()
+    x = b.relu(b.conv("image", 8, dead=[2]))
+    b.node("Sigmoid", x)
+    model = int8(b.model(b.head(x)))
+    reduced, _ = reduce(model)
+    assert_same_bits(model, reduced)
+    assert shapes(reduced) == [(7, 3, 3, 3), (4, 7)]
+
+
+def test_outputs_keep_their_channels_and_names(int8: Int8) -> None:
+    b = Builder()
+    made = b.model(b.gemm(b.flatten("image"), 4, dead=[1, 2]))
+    made.graph.output[0].name = made.graph.node[-1].output[0] = "0"  # a name that shortening would take
+    model = int8(made)
+    reduced, _ = reduce(model)
+    assert_same_bits(model, reduced)
+    assert shapes(reduced) == [(4, 192)]
+    assert reduced.graph.output == model.graph.output
+
+
+def test_a_network_with_nothing_to_remove_stays_the_same(int8: Int8) -> None:
+    b = Builder()
+    model = int8(chain(b, b.relu, dead=()))
+    reduced, record = reduce(model)
+    assert_same_bits(model, reduced)
+    assert record["layers"] == []
+    assert shapes(reduced) == shapes(model)
+
+
+def random_network(seed: int) -> onnx.ModelProto:
+    """A network of random structure, in which each width has dead channels that most of its layers agree on."""
+    b = Builder(seed)
+    rng = b.rng
+    dead = {width: np.flatnonzero(rng.random(width) < 0.4) for width in (4, 6, 8, 10, 12)}
+    ignored = {width: np.flatnonzero(rng.random(width) < 0.2) for width in dead}
+
+    def some(channels: dict[int, Any], width: int, share: float) -> Any:
+        return channels.get(width, ()) if rng.random() < share else ()
+
+    def conv(x: str, width: int = 0, **options: Any) -> str:
+        width = width or int(rng.choice([4, 6, 8]))
+        gone = {"dead": some(dead, width, 0.85), "ignored": some(ignored, b.width[x], 0.7)} | options
+        return b.conv(x, width, size=int(rng.choice([1, 3])), bias=bool(rng.random() < 0.7), **gone)
+
+    def residual(x: str) -> str:
+        last = {"dead": range(b.width[x])} if rng.random() < 0.4 else {}
+        inner = conv(b.relu(conv(x)), b.width[x], **last)
+        return b.node("Add", *((x, inner) if rng.random() < 0.5 else (inner, x)))
+
+    def twice(x: str) -> str:
+        width = b.width[x]
+        weight = b.constant(b.weights(width, width, 1, 1, dead=some(dead, width, 0.9)))
+        return b.relu(b.node("Conv", b.relu(b.node("Conv", x, weight)), weight))
+
+    moves: list[Callable[[str], str]] = [
+        conv,
+        lambda x: b.relu(conv(x)),
+        lambda x: b.relu(conv(x)),
+        residual,
+        residual,
+        lambda x: b.relu(residual(x)),
+        lambda x: b.depthwise(x, dead=some(dead, b.width[x], 0.8), bias=bool(rng.random() < 0.5)),
+        lambda x: b.clip(x, *sorted(rng.normal(0, 2, 2))),
+        lambda x: b.clip(conv(x), 0, 6),
+        lambda x: b.node("Concat", x, conv(x, 4), width=b.width[x] + 4, axis=1) if b.width[x] < 8 else x,
+        lambda x: b.relu(b.conv(x, b.width[x], dead=some(dead, b.width[x], 0.8), groups=2)),
+        lambda x: b.node("Mul", x, b.node("Sigmoid", x)),
+        lambda x: b.node("Add", x, b.constant(b.weights(1, b.width[x], 1, 1))),
+        lambda x: b.pool(x, str(rng.choice(["MaxPool", "AveragePool"]))) if b.side[x] > 2 else x,
+        twice,
+    ]
+    x = b.relu(conv("image", 8))
+    for _ in range(int(rng.integers(2, 7))):
+        x = moves[int(rng.integers(len(moves)))](x)
+    x = b.flatten(b.mean(x) if rng.random() < 0.5 else x)
+    if rng.random() < 0.5:
+        x = b.relu(b.gemm(x, 8, dead=some(dead, 8, 0.9), transposed=bool(rng.random() < 0.5)))
+    return b.model(b.matmul(x, 4) if rng.random() < 0.3 else b.gemm(x, 4, ignored=some(ignored, b.width[x], 0.5)))
+
+
+def test_no_random_network_is_a_counterexample(int8: Int8) -> None:
+    shrunk = sums = 0
+    for seed in range(60):
+        model = int8(random_network(seed))
+        reduced, record = reduce(model)
+        images = random_images(model, seed=seed)
+        for threads, optimized in ((1, True), (2, True), (1, False)):
+            expected, found = (answer(one, images, threads, optimized) for one in (model, reduced))
+            assert expected.tobytes() == found.tobytes(), f"{seed=} {threads=} {optimized=}"
+        again = reduce(reduced)[1]
+        assert again == {"residual_sums_removed": [], "layers": [], "nodes_removed": 0}, f"{seed=}"
+        shrunk += bool(record["layers"])
+        sums += len(record["residual_sums_removed"])
+    assert shrunk >= 40
+    assert sums >= 8
+
+
+def wrongly_reduced(model: onnx.ModelProto) -> onnx.ModelProto:
+    """One row of the last layer has its signs turned."""
+    wrong, _ = reduce(model)
+    constants = graph.Constants(wrong)
+    last = layers(wrong, constants)[-1]
+    tensor = constants.tensors[constants.dequantized[last.node.input[1]].input[0]]
+    values = numpy_helper.to_array(tensor).copy()
+    values[2] *= -1
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    return wrong
+
+
+def test_proof_names_the_image_and_the_logit_that_differ(
+    networks: Callable[[str], Network], images: list[bytes], tmp_path: Path
+) -> None:
+    network = networks("mlp")
+    onnx.save(network.quantized, tmp_path / "before.onnx")
+    onnx.save(wrongly_reduced(network.quantized), tmp_path / "after.onnx")
+    write_split(tmp_path / "test.parquet", images)
+    before, after = (session.open_session(tmp_path / f"{name}.onnx", 1) for name in ("before", "after"))
+    data = np.stack([dataset.tensor(image, network.preprocessing) for image in images])
+    rows, columns = np.nonzero(session.logits(before, data) != session.logits(after, data))
+    assert set(columns) == {2}
+    with pytest.raises(StageError, match=rf"image {rows[0]} of .*, logit 2 \(owl\)"):
+        prove(tmp_path / "before.onnx", tmp_path / "after.onnx", tmp_path / "test.parquet", threads=1)
+    assert prove(tmp_path / "before.onnx", tmp_path / "before.onnx", tmp_path / "test.parquet", 1) == len(images)
+
+
+def test_no_images_prove_nothing(networks: Callable[[str], Network], tmp_path: Path) -> None:
+    onnx.save(networks("mlp").quantized, tmp_path / "model.onnx")
+    write_split(tmp_path / "test.parquet", [])
+    with pytest.raises(StageError, match="has no images"):
+        prove(tmp_path / "model.onnx", tmp_path / "model.onnx", tmp_path / "test.parquet", 1)
+
+
+def test_the_stage_leaves_the_model_and_its_proof(
+    repository: Repository, networks: Callable[[str], Network], images: list[bytes]
+) -> None:
+    source = repository.model("quantize")
+    onnx.save(networks("lenet-5").quantized, source)
+    repository.split("test", images)
+    done = repository.run("reduce")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(repository.report("reduce").read_text())
+    target = repository.model("reduce")
+    assert report["bit_identical_images"] == len(images)
+    assert report["size_bytes_before"] == source.stat().st_size
+    assert report["size_bytes_after"] == target.stat().st_size < source.stat().st_size
+    assert [row["weight_after"][0] for row in report["layers"]] == [10, 24, 250, 4]
+    assert onnx.load(target) == reduce(networks("lenet-5").quantized)[0]
+    assert "bit-identical on 32 test images" in done.stdout
+
+
+WRONG = """
+import onnx, tasks.reduce as stage
+from tasks.core.errors import run
+right = stage.removable
+def removable(member):
+    gone = right(member)
+    gone[: len(gone) // 2] = True  # channels that are alive
+    return gone if member.channels > 20 else gone & False
+stage.removable = removable
+run(stage.main)
+"""
+
+
+def test_a_wrong_removal_leaves_the_last_output_as_it_was(
+    repository: Repository, networks: Callable[[str], Network], images: list[bytes]
+) -> None:
+    onnx.save(networks("lenet-5").quantized, repository.model("quantize"))
+    repository.split("test", [png(seed) for seed in range(8)])
+    repository.model("reduce").write_bytes(b"the last good model")
+    repository.report("reduce").write_text("{}")
+    (repository.root / "wrong.py").write_text(WRONG)
+    done = repository.run("wrong.py")
+    assert done.returncode == 1
+    assert (
+        "is not bit-identical to data/models/quantize/model.onnx: image 0 of data/prepared/test.parquet, logit 0 (cat)"
+        in (done.stderr)
+    )
+    assert repository.model("reduce").read_bytes() == b"the last good model"
+    assert repository.report("reduce").read_text() == "{}"
+    assert [path.name for path in repository.model("reduce").parent.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no model"])
+def test_a_source_that_is_no_model_is_told_in_a_sentence(repository: Repository, content: bytes | None) -> None:
+    repository.split("test", [png(0)])
+    if content is not None:
+        repository.model("quantize").write_bytes(content)
+    assert "data/models/quantize/model.onnx does not load in ONNX Runtime" in repository.sentence("reduce")
