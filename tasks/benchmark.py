@@ -129,8 +129,10 @@ def processor() -> str:
 
 
 def write_tables(report: dict[str, Any]) -> None:
-    """The stages and the final model's predictions as CSV, for `dvc plots`."""
-    columns = ("top1", "size_bytes", "zst_bytes", "latency_p50_ms", "latency_p90_ms")
+    """The main numbers for `dvc metrics`, and the stages and the final model's predictions for `dvc plots`."""
+    columns = ("top1", "size_bytes", "zst_bytes", "latency_p50_ms")
+    main_numbers = {name: {column: stage[column] for column in columns} for name, stage in report["stages"].items()}
+    files.write_json(paths.METRICS, main_numbers)
     rows = [",".join(("stage", *columns))]
     rows += [
         ",".join((name, *(f"{round(stage[column], 6)}" for column in columns)))

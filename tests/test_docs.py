@@ -75,7 +75,9 @@ def test_changelog_knows_this_version() -> None:
     assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=lambda command: " ".join(command) or "weighin")
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in COMMANDS)], ids=lambda command: " ".join(command) or "weighin"
+)
 def test_help_teaches(command: list[str]) -> None:
     done = subprocess.run(
         [str(Path(sys.executable).parent / "weighin"), *command, "--help"], capture_output=True, text=True, check=True

@@ -189,7 +189,7 @@ def test_the_model_card_tells_what_was_decided_and_why(root: Path) -> None:
     card = show(root, "README.md")
     for text in (
         "# classifier (refused)",
-        "RGB images, 64x64 pixels, each of one class: t-shirt, trouser,",
+        "Images scaled to 64x64 pixels, each of one class: t-shirt, trouser,",
         "| reduce | 91.20% | 1,112,345 B | 0.263 ms |",
         "| top1 | 0.912 | >= | 0.895 | yes |",
         "| size | 1400000 | <= | 1348000 | no |",

@@ -211,7 +211,7 @@ def card(decision: Decision, verdict: Verdict, benchmark: Benchmark, params: con
             "",
             "## Intended input",
             "",
-            f"RGB images, {side}x{side} pixels, each of one class: {', '.join(params.classes)}.",
+            f"Images scaled to {side}x{side} pixels, each of one class: {', '.join(params.classes)}.",
             "",
             "## Stages",
             "",
