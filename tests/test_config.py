@@ -1,0 +1,195 @@
+"""config: what `params.yaml` may say, and the one sentence for what it may not."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tasks.core import config
+from tasks.core.errors import ParamsError
+
+SHIPPED = Path(__file__).parents[1] / "params.yaml"
+TEXT = """\
+model: classifier
+classes: [shirt, trouser, dress]
+
+ingest:
+  kind: idx
+  path: data/raw/fashion-mnist
+  split: {val: 0.1, test: 0.2}
+  max_corrupt_fraction: 0.01
+  seed: 0
+
+validate:
+  min_rows_per_class: 20
+  max_class_imbalance: 5
+  min_side: 8
+  max_side: 4096
+
+finetune:
+  backbone: tf_efficientnet_lite0
+  weights: {source: packaged}
+  image_size: 64
+  freeze_stages: 0
+  training:
+    epochs: 4
+    batch_size: 32
+    optimizer: adamw
+    learning_rate: 0.001
+    weight_decay: 0.01
+    schedule: one-cycle
+    label_smoothing: 0.1
+    patience: 3
+    augment: {crop_scale: 0.8, flip: 0.5}
+    seed: 0
+
+prune:
+  blocks: null
+  channels: {ratio: 0.5, multiple: 16}
+  weights: null
+  recovery:
+    temperature: 2.0
+    teacher_share: 0.7
+    training:
+      epochs: 6
+      batch_size: 32
+      optimizer: adamw
+      learning_rate: 0.002
+      weight_decay: 0.01
+      schedule: one-cycle
+      label_smoothing: 0.0
+      augment: {crop_scale: 0.8, flip: 0.5}
+      seed: 0
+
+quantize:
+  calibration_images: 512
+  percentile: 99.999
+  reduce_range: false
+
+benchmark:
+  threads: 1
+  warmup: 20
+  iterations: 300
+  memory_limit_bytes: null
+
+gate:
+  min_top1: 0.895
+  max_top1_drop: 0.01
+  max_size_bytes: 1348000
+  max_latency_ratio: 0.25
+  max_latency_ms: null
+  min_class_recall: 0.6
+"""
+
+
+def changed(tmp_path: Path, old: str, new: str) -> Path:
+    """A parameter file with one passage changed."""
+    assert old in TEXT
+    path = tmp_path / "params.yaml"
+    path.write_text(TEXT.replace(old, new, 1))
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ParamsError) as caught:
+        config.load(path)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{path}")
+    assert "\n" not in sentence
+    return sentence.removeprefix(f"{path}").removeprefix(": ")
+
+
+def test_the_shipped_file_loads() -> None:
+    params = config.load(SHIPPED)
+    assert len(params.classes) == 10
+    assert params.finetune.weights.source == "packaged"
+
+
+def test_values_are_those_of_the_file(tmp_path: Path) -> None:
+    params = config.load(changed(tmp_path, "min_side: 8", "min_side: 9"))
+    assert params.classes == ("shirt", "trouser", "dress")
+    assert params.validate_.min_side == 9
+    assert params.prune.blocks is None
+    assert params.prune.channels == config.Channels(ratio=0.5, multiple=16)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("    epochs: 4", "    epoch: 4", "finetune.training.epoch is not a parameter; did you mean epochs? (1 more)"),
+        ("    patience: 3", "    patiense: 3", "finetune.training.patiense is not a parameter; did you mean patience?"),
+        ("  min_rows_per_class", "  max_sid: 1\n  min_rows_per_class", "validate.max_sid is not a parameter; did you"),
+        ("{ratio: 0.5,", "{ratios: 0.5, ratio: 0.5,", "prune.channels.ratios is not a parameter; did you mean ratio?"),
+        ("quantize:", "extra: 1\n\nquantize:", "extra is not a parameter; model, classes, ingest, validate, finetune"),
+        ("quantize:", "quantise:", "quantise is not a parameter; did you mean quantize? (1 more)"),
+        ("  kind: idx\n", "", "ingest.kind is missing"),
+        ("kind: idx", "kind: zip", "ingest.kind: Input should be 'folder', 'idx' or 'parquet', not 'zip'"),
+        ("epochs: 4", "epochs: four", "finetune.training.epochs: Input should be a valid integer"),
+        ("epochs: 4", "epochs: 4.5", "finetune.training.epochs: Input should be a valid integer"),
+        ("epochs: 4", "epochs: -1", "finetune.training.epochs: Input should be greater than or equal to 0, not -1"),
+        ("val: 0.1", "val: 0.5", "ingest.split.val: Input should be less than 0.5, not 0.5"),
+        ("learning_rate: 0.001", "learning_rate: 0", "learning_rate: Input should be greater than 0, not 0"),
+        ("learning_rate: 0.001", "learning_rate: .nan", "learning_rate: Input should be a finite number, not nan"),
+        ("max_latency_ratio: 0.25", "max_latency_ratio: .inf", "gate.max_latency_ratio: Input should be a finite"),
+        ("[shirt, trouser", "[trouser, trouser", "class 'trouser' is listed twice"),
+        ("[shirt, trouser", "[1, trouser", "classes.0: Input should be a valid string, not 1"),
+        ("model: classifier", "model: A model", "model: String should match pattern"),
+        ("source: packaged", "source: file", "finetune.weights: path goes with source: file, and only"),
+        (
+            "source: packaged",
+            "source: none, path: a",
+            "finetune.weights: path goes with source: file, and only",
+        ),
+        ("weights: null", "weights: {}", "prune.weights: give threshold or sparsity, one of the two"),
+        ("weights: null", "weights: {threshold: 0.1, sparsity: 0.1}", "prune.weights: give threshold or sparsity"),
+        ("    seed: 0\n\nprune", "    seed: 0\n    seed: 1\n\nprune", ' is not YAML: found duplicate key "seed"'),
+        ("model: classifier", "model: [", " is not YAML: "),
+        ("model: classifier", "model: 2025-13-40", " is not YAML: month must be in 1..12"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, says: str) -> None:
+    sentence = refusal(changed(tmp_path, old, new))
+    assert says in sentence
+    assert "http" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "the file: Input should be a valid dictionary"),
+        (b"- 1\n", "the file: Input should be a valid dictionary"),
+        (b"just words", "the file: Input should be a valid dictionary"),
+        (b"a: \xff\xfe", " is not YAML: "),
+        (b"a: \x00", " is not YAML: unacceptable character"),
+    ],
+)
+def test_what_is_no_parameter_file_at_all(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "params.yaml").write_bytes(content)
+    assert refusal(tmp_path / "params.yaml").startswith(says)
+
+
+def test_a_yaml_error_names_its_line(tmp_path: Path) -> None:
+    assert refusal(changed(tmp_path, "model: classifier", "model: a\nmodel: b")).endswith("in line 2")
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "none.yaml") == " does not exist: give a parameter file, such as params.yaml"
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "1.0e-3", "0.001", ".001"])
+def test_numbers_however_they_are_written(tmp_path: Path, number: str) -> None:
+    params = config.load(changed(tmp_path, "learning_rate: 0.001", f"learning_rate: {number}"))
+    assert params.finetune.training.learning_rate == 0.001
+
+
+UNCHANGEABLE: list[Callable[[config.Params], object]] = [
+    lambda params: setattr(params, "model", "other"),
+    lambda params: setattr(params.gate, "min_top1", 0.0),
+]
+
+
+@pytest.mark.parametrize("change", UNCHANGEABLE)
+def test_parameters_do_not_change(tmp_path: Path, change: Callable[[config.Params], object]) -> None:
+    params = config.load(changed(tmp_path, "model: classifier", "model: digits"))
+    with pytest.raises(ValueError, match="frozen"):
+        change(params)

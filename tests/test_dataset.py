@@ -1,0 +1,135 @@
+"""dataset: what a network sees of an image, against computation by hand."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tasks.core import dataset
+from tasks.core.dataset import Preprocessing
+from tasks.core.errors import StageError
+
+GREY = Preprocessing(size=8, channels=1, mean=(0.0,), std=(1.0,))
+RGB = Preprocessing(size=8, channels=3, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 2.0))
+
+
+def noise(*shape: int) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def png(pixels: npt.NDArray[np.uint8], **options: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG", **options)
+    return stream.getvalue()
+
+
+def parquet(path: Path, labels: list[str]) -> Path:
+    images = [png(np.full((8, 8), index, np.uint8)) for index in range(len(labels))]
+    pq.write_table(pa.table({"image": images, "label": labels}), path)
+    return path
+
+
+def test_pixels_are_normalised_by_channel() -> None:
+    pixels = noise(8, 8, 3)
+    found = dataset.tensor(png(pixels), RGB)
+    assert (found.shape, found.dtype) == (RGB.shape, np.float32) == ((3, 8, 8), np.float32)
+    assert found.flags.c_contiguous
+    for channel, (mean, std) in enumerate(((0.5, 0.5), (0.25, 0.25), (0.0, 2.0))):
+        expected = (pixels[:, :, channel].astype(np.float64) / 255 - mean) / std
+        np.testing.assert_allclose(found[channel], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_grey_pixels() -> None:
+    pixels = noise(8, 8)
+    found = dataset.tensor(png(pixels), GREY)
+    assert found.shape == (1, 8, 8)
+    np.testing.assert_allclose(found[0], pixels / 255, rtol=1e-6)
+
+
+def test_a_grey_image_for_a_colour_network_has_three_equal_channels() -> None:
+    pixels = noise(8, 8)
+    found = dataset.tensor(png(pixels), RGB.model_copy(update={"mean": (0.0,) * 3, "std": (1.0,) * 3}))
+    for channel in found:
+        np.testing.assert_allclose(channel, pixels / 255, rtol=1e-6)
+
+
+def test_a_colour_image_for_a_grey_network_is_luminance() -> None:
+    pixels = noise(8, 8, 3)
+    found = dataset.tensor(png(pixels), GREY)
+    np.testing.assert_allclose(found[0], pixels @ [0.299, 0.587, 0.114] / 255, atol=1 / 255)
+
+
+def test_transparency_is_left_out() -> None:
+    pixels = noise(8, 8, 4)
+    assert np.array_equal(dataset.tensor(png(pixels), RGB), dataset.tensor(png(pixels[:, :, :3]), RGB))
+
+
+@pytest.mark.parametrize(("shape", "cut"), [((8, 16), np.s_[:, 4:12]), ((16, 8), np.s_[4:12, :])])
+def test_the_central_square_is_cut(shape: tuple[int, int], cut: Any) -> None:
+    pixels = noise(*shape)
+    np.testing.assert_allclose(dataset.tensor(png(pixels), GREY)[0], pixels[cut] / 255, rtol=1e-6)
+
+
+def test_scaling_is_bilinear_over_all_the_pixels() -> None:
+    """Half the size: pixel i is (p[2i-1] + 3 p[2i] + 3 p[2i+1] + p[2i+2]) / 8, the triangle's weights."""
+    row = np.random.default_rng(1).integers(0, 256, 16).astype(np.uint8)
+    found = dataset.tensor(png(np.tile(row, (16, 1))), GREY)[0] * 255
+    p = row.astype(np.float64)
+    inner = [(p[2 * i - 1] + 3 * p[2 * i] + 3 * p[2 * i + 1] + p[2 * i + 2]) / 8 for i in range(1, 7)]
+    np.testing.assert_allclose(found[:, 1:7], np.tile(inner, (8, 1)), atol=0.51)
+
+
+@pytest.mark.parametrize(("orientation", "turn"), [(3, 2), (6, 1), (8, 3)])
+def test_exif_orientation_is_applied(orientation: int, turn: int) -> None:
+    upright, exif = noise(8, 8), Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.rot90(upright, turn)
+    assert np.array_equal(dataset.tensor(png(stored, exif=exif), GREY), dataset.tensor(png(upright), GREY))
+
+
+def test_labels_become_numbers_in_the_order_of_the_classes(tmp_path: Path) -> None:
+    images, labels = dataset.read(parquet(tmp_path / "train.parquet", ["b", "a", "c", "b"]), ("c", "b", "a"))
+    assert labels == [1, 2, 0, 1]
+    assert [int(np.asarray(Image.open(io.BytesIO(image)))[0, 0]) for image in images] == [0, 1, 2, 3]
+
+
+def test_batches_are_the_split_in_order(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "val.parquet", ["a", "b", "b", "a", "b"])
+    found = list(dataset.batches(path, GREY, ("a", "b"), size=2))
+    assert [(batch.shape, batch.dtype.name) for batch, _ in found] == [
+        ((2, 1, 8, 8), "float32"),
+        ((2, 1, 8, 8), "float32"),
+        ((1, 1, 8, 8), "float32"),
+    ]
+    assert np.concatenate([labels for _, labels in found]).tolist() == [0, 1, 1, 0, 1]
+    np.testing.assert_allclose(np.concatenate([batch for batch, _ in found])[:, 0, 0, 0] * 255, range(5), atol=1e-4)
+
+
+def test_a_label_that_is_no_class(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "train.parquet", ["a", "z", "y"])
+    with pytest.raises(StageError) as caught:
+        dataset.read(path, ("a", "b"))
+    assert str(caught.value) == f"{path} has the label 'y', which classes in params.yaml does not list"
+
+
+@pytest.mark.parametrize("damage", ["no parquet", "no column"])
+def test_a_split_that_is_damaged(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "train.parquet"
+    if damage == "no parquet":
+        path.write_bytes(b"not parquet at all")
+    else:
+        pq.write_table(pa.table({"image": [b""]}), path)
+    with pytest.raises(StageError, match=r"train\.parquet does not hold prepared images \(.+\)$"):
+        dataset.read(path, ("a", "b"))
+
+
+def test_a_split_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        dataset.read(tmp_path / "train.parquet", ("a", "b"))
+    assert Path(str(caught.value.filename)) == tmp_path / "train.parquet"

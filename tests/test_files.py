@@ -1,0 +1,152 @@
+"""files: whole or not there, also when the device is full; and how a stage's process tells it."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks.core import files
+from tasks.core.errors import WeighinError
+
+ROOT = Path(__file__).parents[1]
+
+
+def listing(root: Path) -> dict[str, bytes]:
+    """Every file under `root`, hidden ones too."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_files_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with files.replacing(tmp_path / "a", tmp_path / "deep/under/b") as (a, b):
+        assert a.parent == tmp_path  # else the last step would not be a rename
+        a.write_text("new a")
+        b.write_text("new b")
+        assert (tmp_path / "a").read_text() == "old"
+    assert listing(tmp_path) == {"a": b"new a", "deep/under/b": b"new b"}
+
+
+def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/gone").write_text("old")
+    with files.replacing(tmp_path / "docs") as (docs,):
+        (docs / "deep").mkdir(parents=True)
+        (docs / "deep/new").write_text("new")
+    assert listing(tmp_path) == {"docs/deep/new": b"new"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_an_exception_leaves_everything_as_it_was(tmp_path: Path, error: type[BaseException]) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/page").write_text("old")
+    before = listing(tmp_path)
+    with pytest.raises(error), files.replacing(tmp_path / "file", tmp_path / "docs") as (file, docs):
+        file.write_text("new")
+        docs.mkdir()
+        (docs / "page").write_text("new")
+        raise error
+    assert listing(tmp_path) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "docs"}
+
+
+def test_a_file_that_was_not_written_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(FileNotFoundError), files.replacing(tmp_path / "a", tmp_path / "b") as (a, _):
+        a.write_text("new")
+    assert listing(tmp_path) == {"a": b"old"}
+
+
+def test_json_there_and_back(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", {"top1": 0.5, "names": ["ä"]})
+    assert files.read_json(tmp_path / "a.json") == {"top1": 0.5, "names": ["ä"]}
+    assert (tmp_path / "a.json").read_bytes().endswith(b"}\n")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_json_has_no_numbers_that_are_not_finite(tmp_path: Path, number: float) -> None:
+    files.write_json(tmp_path / "a.json", {"top1": 0.5})
+    with pytest.raises(WeighinError, match=r"a\.json: a number is not finite, so it cannot be written as JSON$"):
+        files.write_json(tmp_path / "a.json", {"deep": [{"top1": number}]})
+    assert listing(tmp_path) == {"a.json": (json.dumps({"top1": 0.5}, indent=2) + "\n").encode()}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
+def test_what_is_not_json(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(WeighinError, match=r"a\.json is not JSON \(.*\); run the stage that writes it again$"):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_missing_json(tmp_path: Path) -> None:
+    with pytest.raises(WeighinError, match=r"a\.json is missing: run `weighin run`, or `dvc checkout`"):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_sha256(tmp_path: Path) -> None:
+    data = os.urandom(3_000_000)
+    files.write_bytes(tmp_path / "a", data)
+    assert files.sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def full_device(root: Path, body: str, limit: int) -> subprocess.CompletedProcess[str]:
+    """Run `body` as a stage in `root`, where no file can grow over `limit` bytes."""
+    code = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        f"from pathlib import Path\nfrom tasks.core import errors, files\n{body}"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+
+
+def test_a_full_device_is_told_in_one_sentence_and_the_old_file_stays(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"old")
+    done = full_device(tmp_path, "errors.run(lambda: files.write_bytes(Path('model.bin'), bytes(9000)))", limit=4096)
+    assert (done.returncode, done.stderr) == (1, "error: model.bin: File too large\n")
+    assert listing(tmp_path) == {"model.bin": b"old"}
+
+
+def test_a_full_device_under_a_writer_that_is_not_python(tmp_path: Path) -> None:
+    (tmp_path / "rows.parquet").write_bytes(b"old")
+    body = """
+import os, pyarrow as pa, pyarrow.parquet as pq
+def main():
+    with files.replacing(Path("rows.parquet"), Path("more.parquet")) as (rows, _):
+        pq.write_table(pa.table({"image": [os.urandom(9000)]}), rows)
+errors.run(main)"""
+    done = full_device(tmp_path, body, limit=4096)
+    assert (done.returncode, done.stderr) == (1, "error: rows.parquet: File too large\n")
+    assert listing(tmp_path) == {"rows.parquet": b"old"}
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "reports").write_text("a file where the folder should be")
+    done = full_device(tmp_path, "errors.run(lambda: files.write_json(Path('reports/a.json'), {}))", limit=4096)
+    assert done.returncode == 1
+    assert done.stderr == "error: reports: File exists\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "says"),
+    [
+        ("errors.StageError('a sentence')", "error: a sentence\n"),
+        ("errors.ParamsError('a sentence')", "error: a sentence\n"),
+        ("PermissionError(13, 'Permission denied', 'a/b')", "error: a/b: Permission denied\n"),
+        ("OSError('no number')", "error: input or output: no number\n"),
+        ("MemoryError()", "error: out of memory: lower the batch size or the image size in params.yaml\n"),
+    ],
+)
+def test_how_a_stage_ends(tmp_path: Path, raised: str, says: str) -> None:
+    done = full_device(tmp_path, f"def main(): raise {raised}\nerrors.run(main)", limit=4096)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", says)
+
+
+def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
+    done = full_device(tmp_path, "def main(): {}['key']\nerrors.run(main)", limit=4096)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("KeyError: 'key'\n")

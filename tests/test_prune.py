@@ -1,0 +1,481 @@
+"""prune: what goes, that it is gone exactly, and that recovery brings accuracy back, on digits and real networks."""
+
+import copy
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+from PIL import Image
+from ruamel.yaml import YAML
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from tasks import prune
+from tasks.core import backbone, config, dataset, masks, training
+from tasks.core.backbone import Spec
+from tasks.core.errors import StageError
+
+ROOT = Path(__file__).parents[1]
+CLASSES = tuple("0123456789")
+NETWORKS = {"mlp": 32, "lenet-5": 32, "mobilenetv2_050": 64, "resnet18": 32}  # with sides of their inputs
+RECOVERY = {
+    "temperature": 2.0,
+    "teacher_share": 0.7,
+    "training": {
+        "epochs": 3,
+        "batch_size": 32,
+        "optimizer": "adamw",
+        "learning_rate": 0.005,
+        "weight_decay": 0.01,
+        "schedule": "one-cycle",
+        "label_smoothing": 0.0,
+        "augment": {"crop_scale": 1.0, "flip": 0.0},
+        "seed": 0,
+    },
+}
+CHANNELS = {"ratio": 0.5, "multiple": 16}
+
+
+def parameters(**kinds: Any) -> config.Prune:
+    return config.Prune.model_validate(kinds)
+
+
+def described(name: str, size: int) -> Spec:
+    return Spec(backbone=name, classes=CLASSES, preprocessing=backbone.preprocessing(name, size), weights={})
+
+
+def network(name: str, size: int, classes: int = 10) -> tuple[nn.Module, Tensor]:
+    """A network in which no number is what initialisation left, and images for it."""
+    torch.manual_seed(0)
+    net = backbone.create(name, classes, backbone.preprocessing(name, size)).eval()
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.3)
+                module.running_mean.normal_(0, 0.3)  # type: ignore[union-attr]
+                module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+    return net, torch.rand(4, *backbone.preprocessing(name, size).shape)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits, the parameters, and an mlp fine-tuned on the digits."""
+    root, data = tmp_path_factory.mktemp("repository"), load_digits()
+    (root / "data/prepared").mkdir(parents=True)
+    rows_of = {"train": [row for row in range(800) if row % 4], "val": list(range(0, 800, 4))}
+    for name, rows in rows_of.items():
+        images = []
+        for pixels in data.images[rows]:
+            stream = io.BytesIO()
+            Image.fromarray((pixels * 15).astype(np.uint8)).save(stream, "PNG")
+            images.append(stream.getvalue())
+        table = {"image": images, "label": data.target[rows].astype(str)}
+        pq.write_table(pa.table(table), root / f"data/prepared/{name}.parquet")
+    yaml = YAML(typ="safe")
+    params = yaml.load((ROOT / "params.yaml").read_text())
+    params["classes"] = list(CLASSES)
+    params["prune"] = {"channels": CHANNELS, "weights": {"sparsity": 0.3}, "recovery": RECOVERY}
+    with (root / "params.yaml").open("w") as file:
+        yaml.dump(params, file)
+    spec = described("mlp", 8)
+    training.make_deterministic(0)
+    net = backbone.create("mlp", 10, spec.preprocessing)
+    train, val = (
+        training.Images(root / f"data/prepared/{name}.parquet", spec.preprocessing, CLASSES)
+        for name in ("train", "val")
+    )
+    values = RECOVERY["training"] | {"epochs": 8, "learning_rate": 0.01}  # type: ignore[operator]
+    loss = training.cross_entropy(0.0)
+    training.fit(net, train, val, loss, config.Training.model_validate(values), checkpoint=root / "checkpoint.pt")
+    assert training.evaluate(net, val)[0] > 0.9
+    folder = root / "data/models/finetune"
+    backbone.save(net, spec, folder / "model.safetensors", folder / "model.json")
+    return root
+
+
+def teacher(repository: Path) -> tuple[nn.Module, Spec]:
+    folder = repository / "data/models/finetune"
+    return backbone.load(folder / "model.safetensors", folder / "model.json")
+
+
+def pruned(
+    repository: Path, checkpoint: Path, net: nn.Module, spec: Spec, **kinds: Any
+) -> tuple[nn.Module, dict[str, Any], list[dict[str, float]]]:
+    prepared = repository / "data/prepared"
+    training.make_deterministic(0)
+    return prune.prune(net, spec, parameters(**kinds), prepared / "train.parquet", prepared / "val.parquet", checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("channels", "ratio", "multiple", "expected"),
+    [
+        (24, 0.5, 16, 16),
+        (32, 0.5, 16, 16),
+        (64, 0.5, 16, 32),
+        (72, 0.5, 16, 32),  # 36 is 2.25 multiples
+        (96, 0.6, 16, 32),  # 38.4 is 2.4 multiples
+        (96, 0.55, 16, 48),  # 43.2 is 2.7 multiples
+        (16, 0.5, 16, 16),
+        (8, 0.5, 16, 8),
+        (100, 0.99, 16, 16),
+        (100, 0.01, 16, 96),
+        (20, 0.1, 16, 16),
+        (31, 0.01, 16, 31),
+        (24, 0.5, 1, 12),
+        (24, 0.99, 1, 1),
+        (1280, 0.5, 16, 640),
+    ],
+)
+def test_how_many_channels_stay(channels: int, ratio: float, multiple: int, expected: int) -> None:
+    assert masks.kept(channels, ratio, multiple) == expected
+
+
+def with_skip(name: str) -> list[str]:
+    """The blocks in which timm itself has a shortcut that changes nothing."""
+    return [
+        name
+        for name, module in timm.create_model(name).named_modules()
+        if getattr(module, "has_skip", False)
+        or (isinstance(module, timm.models.resnet.BasicBlock) and module.downsample is None)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "count"), [("resnet18", 64, 5), ("mobilenetv2_050", 64, 10), ("tf_efficientnet_lite0", 64, 9)]
+)
+def test_residual_blocks_are_those_of_timm(name: str, size: int, count: int) -> None:
+    net, images = network(name, size)
+    found = masks.residual_blocks(net, images)
+    assert sorted(found) == sorted(with_skip(name))
+    assert len(found) == count
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet-5"])
+def test_classics_have_no_residual_blocks(name: str) -> None:
+    assert masks.residual_blocks(*network(name, 32)) == []
+
+
+def test_residual_blocks_are_the_innermost() -> None:
+    """A stage of nothing but residual blocks also passes its input on."""
+    found = masks.residual_blocks(*network("test_convnext", 64))
+    assert "stages.0.blocks.0" in found
+    assert not [pair for pair in itertools.permutations(found, 2) if pair[0].startswith(pair[1] + ".")]
+
+
+def test_networks_whose_features_are_lists_have_blocks_too() -> None:
+    assert masks.residual_blocks(*network("densenet121", 32)) == []
+
+
+class Passing(nn.Module):
+    """A module with a child and nothing to remove."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout()
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.dropout(features)  # type: ignore[no-any-return]
+
+
+def test_what_has_no_weights_is_no_residual_block() -> None:
+    assert masks.residual_blocks(nn.Sequential(nn.Conv2d(3, 3, 1), Passing()), torch.rand(2, 3, 4, 4)) == []
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_removed_channels_are_zero_and_nothing_else_changes(name: str) -> None:
+    net, images = network(name, NETWORKS[name], classes=64)
+    slim, full, head = copy.deepcopy(net), copy.deepcopy(net), backbone.head(net)
+    removed = masks.remove_channels(slim, config.Channels(ratio=0.5, multiple=16), images[:2], head)
+    masks.scatter(slim, full, removed)
+    expected = slim(images).detach()
+    assert float(expected.std()) > 1e-3
+    torch.testing.assert_close(full(images), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(net(images), expected, rtol=1e-2)
+    assert "out" not in removed[head]
+    original = net.state_dict()
+    for key, tensor in full.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        gone = removed.get(key.rpartition(".")[0], {})
+        left = original[key].clone()
+        left[gone.get("out", [])] = 1.0 if key.endswith("running_var") else 0.0
+        if left.ndim > 1:
+            left[:, gone.get("in", [])] = 0.0
+        assert torch.equal(tensor, left), key
+    convolutions = [key for key, module in net.named_modules() if isinstance(module, nn.Conv2d)]
+    assert {key for key in removed if "out" in removed[key]} >= {
+        key for key in convolutions if original[f"{key}.weight"].shape[0] > 24
+    }
+    for key, sides in removed.items():
+        assert (original[f"{key}.weight"].shape[0] - len(sides.get("out", []))) % 16 == 0 or key == head
+
+
+def test_the_least_important_channels_go() -> None:
+    net, images = network("mlp", 32)
+    weak = torch.arange(128) % 2 == 0
+    with torch.no_grad():
+        for key, index in (("1.weight", weak), ("1.bias", weak), ("3.weight", (slice(None), weak))):
+            net.get_parameter(key)[index] *= 0.01
+    removed = masks.remove_channels(net, config.Channels(ratio=0.5, multiple=16), images, "3")
+    assert removed == {"1": {"out": list(range(0, 128, 2))}, "3": {"in": list(range(0, 128, 2))}}
+
+
+def test_grouped_convolutions_stay_as_they_are() -> None:
+    net, images = network("regnetx_002", 64)
+    slim, full = copy.deepcopy(net), copy.deepcopy(net)
+    grouped = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d) and module.groups > 1]
+    removed = masks.remove_channels(slim, config.Channels(ratio=0.5, multiple=16), images, "head.fc")
+    assert removed
+    assert not set(grouped) & set(removed)
+    masks.scatter(slim, full, removed)
+    torch.testing.assert_close(full(images), slim(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["densenet121", "test_convnext"])
+def test_a_network_that_cannot_be_masked(repository: Path, tmp_path: Path, name: str) -> None:
+    net, _ = network(name, 32)
+    with pytest.raises(StageError, match=r"^prune\.channels does not know this backbone's structure: [^\n]+$"):
+        pruned(repository, tmp_path / "checkpoint.pt", net, described(name, 32), channels=CHANNELS)
+
+
+def test_channels_that_do_not_add_up_are_refused_before_recovery(repository: Path) -> None:
+    net, _ = teacher(repository)
+    slim = copy.deepcopy(net)
+    removed = masks.remove_channels(slim, config.Channels(**CHANNELS), torch.rand(2, 1, 8, 8), "3")  # type: ignore[arg-type]
+    images = torch.rand(2, 1, 8, 8)
+    prune.masked(net, slim, removed, images)
+    wrong = {"1": {"out": [(unit + 1) % 128 for unit in removed["1"]["out"]]}, "3": removed["3"]}
+    with pytest.raises(
+        StageError, match=r"the masked network differs from the slim one by .*: this backbone cannot be"
+    ):
+        prune.masked(net, slim, wrong, images)
+    short = {"1": {"out": removed["1"]["out"][1:]}, "3": removed["3"]}
+    with pytest.raises(StageError, match=r"structure: 1\.weight cannot be masked"):
+        prune.masked(net, slim, short, images)
+
+
+def test_the_least_missed_blocks_become_identities(repository: Path, tmp_path: Path) -> None:
+    net, spec = network("mobilenetv2_050", 32)[0], described("mobilenetv2_050", 32)
+    val = training.Images(repository / "data/prepared/val.parquet", spec.preprocessing, CLASSES)
+    _, before = training.evaluate(net, val)
+    increases = {}
+    for name in with_skip("mobilenetv2_050"):
+        without = copy.deepcopy(net)
+        with torch.no_grad():
+            for parameter in without.get_submodule(name).parameters():
+                parameter.zero_()
+        increases[name] = training.evaluate(without, val)[1] - before
+    full, plan, history = pruned(repository, tmp_path / "checkpoint.pt", net, spec, blocks={"remove": 2})
+    assert (plan["channels"], plan["weights"], history) == ({}, {}, [])
+    assert [block["name"] for block in plan["blocks"]] == sorted(increases, key=lambda name: increases[name])[:2]
+    for block in plan["blocks"]:
+        assert block["val_loss_increase"] == pytest.approx(increases[block["name"]], abs=1e-5)
+        module = full.get_submodule(block["name"])
+        assert all(not parameter.any() for parameter in module.parameters())
+        channels = [child for child in module.modules() if isinstance(child, nn.Conv2d)][-1].out_channels
+        images = torch.randn(3, channels, 4, 4)
+        assert torch.equal(module(images), images)
+    kept = {
+        name: p for name, p in net.named_parameters() if not name.startswith(tuple(b["name"] for b in plan["blocks"]))
+    }
+    assert all(torch.equal(full.get_parameter(name), parameter) for name, parameter in kept.items())
+
+
+def test_more_blocks_than_there_are(repository: Path, tmp_path: Path) -> None:
+    net, spec = teacher(repository)
+    with pytest.raises(StageError) as caught:
+        pruned(repository, tmp_path / "checkpoint.pt", net, spec, blocks={"remove": 1})
+    assert str(caught.value) == "prune.blocks.remove is 1, but this backbone has 0 residual blocks"
+
+
+@torch.no_grad()
+def test_single_weights_under_a_threshold() -> None:
+    net, _ = network("lenet-5", 32)
+    net.get_parameter("0.weight").mul_(100)  # each layer is measured by its own largest weight
+    before = {name: parameter.clone() for name, parameter in net.named_parameters()}
+    counts = masks.zero_weights(net, config.SingleWeights(threshold=0.25))
+    assert list(counts) == ["0.weight", "3.weight", "7.weight", "9.weight"]
+    for name, parameter in net.named_parameters():
+        gone = (
+            before[name].abs() < 0.25 * before[name].abs().max() if name in counts else torch.zeros_like(parameter) > 0
+        )
+        assert torch.equal(parameter, before[name].where(~gone, torch.zeros(())))
+        assert int((parameter == 0).sum()) == counts.get(name, 0)
+    assert 0.2 < counts["0.weight"] / before["0.weight"].numel() < 0.3
+
+
+@pytest.mark.parametrize("sparsity", [0.001, 0.5, 0.9])
+@torch.no_grad()
+def test_single_weights_by_share_of_the_whole_model(sparsity: float) -> None:
+    net, _ = network("lenet-5", 32)
+    weights = [parameter for name, parameter in net.named_parameters() if name.endswith("weight")]
+    every = torch.cat([weight.abs().flatten() for weight in weights])
+    counts = masks.zero_weights(net, config.SingleWeights(sparsity=sparsity))
+    left = torch.cat([weight.abs().flatten() for weight in weights])
+    expected = round(sparsity * every.numel())
+    ties = int((every == every.sort().values[expected - 1]).sum()) - 1
+    assert expected <= sum(counts.values()) == int((left == 0).sum()) <= expected + ties
+    assert left[left > 0].min() > every[left == 0].max()
+
+
+def test_a_layer_is_not_emptied() -> None:
+    net, _ = network("mlp", 32)
+    with torch.no_grad():
+        net.get_parameter("3.weight").mul_(1e-6)
+    with pytest.raises(StageError) as caught:
+        masks.zero_weights(net, config.SingleWeights(sparsity=0.5))
+    says = "prune.weights leaves nothing of 3.weight: lower the threshold or sparsity in params.yaml"
+    assert str(caught.value) == says
+
+
+def test_distance_is_the_divergence_of_softened_answers() -> None:
+    student, target = torch.randn(5, 10), torch.randn(5, 10)
+    p, q = (target / 3).softmax(1), (student / 3).softmax(1)
+    expected = 9 * (p * (p.log() - q.log())).sum(1).mean()
+    torch.testing.assert_close(prune.distance(student, target, 3.0), expected)
+    assert float(prune.distance(target, target, 3.0)) == 0
+
+
+def test_zeros_hold_after_every_step_of_recovery(repository: Path, tmp_path: Path) -> None:
+    net, spec = teacher(repository)
+    slim = copy.deepcopy(net)
+    masks.zero_weights(slim, config.SingleWeights(sparsity=0.7))
+    zeros = {name: parameter == 0 for name, parameter in slim.named_parameters()}
+    hold, steps = masks.hold_zeros(slim, backbone.head(slim)), itertools.count()
+
+    def check() -> None:
+        hold()
+        next(steps)
+        for name, parameter in slim.named_parameters():
+            assert torch.equal(parameter == 0, zeros[name]), name
+
+    train, val = (
+        training.Images(repository / f"data/prepared/{name}.parquet", spec.preprocessing, CLASSES)
+        for name in ("train", "val")
+    )
+    params = config.Recovery.model_validate(RECOVERY)
+    prune.recover(slim, net, params, train, val, checkpoint=tmp_path / "checkpoint.pt", after_step=check)
+    assert next(steps) == 3 * (600 // 32)
+
+
+def test_the_bias_of_the_head_is_free() -> None:
+    net, _ = network("mlp", 32)
+    with torch.no_grad():
+        net.get_parameter("1.bias").zero_()
+        net.get_parameter("3.bias").zero_()
+    hold = masks.hold_zeros(net, "3")
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(1)
+    hold()
+    assert not net.get_parameter("1.bias").any()
+    assert net.get_parameter("3.bias").all()
+
+
+def test_recovery_brings_accuracy_back_under_the_masks(repository: Path, tmp_path: Path) -> None:
+    net, spec = teacher(repository)
+    kinds = {"channels": {"ratio": 0.75, "multiple": 16}, "weights": {"threshold": 0.1}}
+    raw, plan, none = pruned(repository, tmp_path / "none.pt", net, spec, **kinds)
+    full, same_plan, history = pruned(repository, tmp_path / "checkpoint.pt", net, spec, **kinds, recovery=RECOVERY)
+    assert (none, len(history)) == ([], 3)
+    assert same_plan == plan
+    assert len(plan["channels"]["1"]["out"]) == 96
+    val = training.Images(repository / "data/prepared/val.parquet", spec.preprocessing, CLASSES)
+    assert training.evaluate(full, val)[1] < 0.7 * training.evaluate(raw, val)[1]
+    for name, parameter in full.named_parameters():
+        assert torch.equal(parameter == 0, raw.get_parameter(name) == 0)
+        assert not torch.equal(parameter, raw.get_parameter(name))
+    assert sum(plan["weights"].values()) > 100
+    found = prune.sparsity(full)
+    assert found["parameters"] == 9610
+    assert found["nonzero_parameters"] == 64 * 32 + 32 + 32 * 10 + 10 - sum(plan["weights"].values())
+    unchanged, _ = teacher(repository)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), unchanged.parameters(), strict=True))
+
+
+def test_the_teacher_teaches(repository: Path, tmp_path: Path) -> None:
+    """With the whole loss, a teacher that knows nothing keeps the student from learning."""
+    net, spec = teacher(repository)
+    train, val = (
+        training.Images(repository / f"data/prepared/{name}.parquet", spec.preprocessing, CLASSES)
+        for name in ("train", "val")
+    )
+    top1 = {}
+    for name, master in (("good", net), ("bad", network("mlp", 8)[0])):
+        torch.manual_seed(1)
+        student = backbone.create("mlp", 10, spec.preprocessing)
+        params = config.Recovery.model_validate(RECOVERY | {"teacher_share": 1.0})
+        prune.recover(student, master, params, train, val, checkpoint=tmp_path / f"{name}.pt")
+        top1[name] = training.evaluate(student, val)[0]
+    assert top1["good"] > 0.8
+    assert top1["bad"] < 0.5
+
+
+def test_nothing_to_prune_is_the_same_network(repository: Path, tmp_path: Path) -> None:
+    net, spec = teacher(repository)
+    full, plan, history = pruned(repository, tmp_path / "checkpoint.pt", net, spec)
+    assert (plan, history) == ({"blocks": [], "channels": {}, "weights": {}}, [])
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), full.state_dict().values(), strict=True))
+
+
+def test_ranges() -> None:
+    removed = {"conv": {"out": [0, 1, 2, 7], "in": [3]}, "fc": {"in": []}}
+    assert prune.readable(removed) == {"conv": {"out": "0-2,7", "in": "3"}, "fc": {"in": ""}}
+
+
+def run_stage(repository: Path) -> dict[str, bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tasks.prune"]
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "prune: val top-1 " in done.stdout.splitlines()[-1]
+    data = repository / "data"
+    found = [path for folder in ("models/prune", "reports") for path in (data / folder).iterdir()]
+    return {str(path.relative_to(data)): path.read_bytes() for path in found}
+
+
+def test_the_stage_twice(repository: Path) -> None:
+    results = run_stage(repository)
+    assert set(results) == {
+        "models/prune/model.safetensors",
+        "models/prune/model.json",
+        "models/prune/model.onnx",
+        "models/prune/plan.json",
+        "reports/prune.json",
+        "reports/prune.csv",
+    }
+    assert run_stage(repository) == results
+    data = repository / "data"
+    assert list((data / "checkpoints").iterdir()) == []
+    net, spec = backbone.load(data / "models/prune/model.safetensors", data / "models/prune/model.json")
+    assert spec == teacher(repository)[1]
+    plan, metrics = (json.loads(results[name]) for name in ("models/prune/plan.json", "reports/prune.json"))
+    gone = [
+        unit
+        for part in plan["channels"]["1"]["out"].split(",")
+        for unit in range(int(part.split("-")[0]), int(part.split("-")[-1]) + 1)
+    ]
+    assert len(gone) == 64
+    assert plan["channels"]["3"]["in"] == plan["channels"]["1"]["out"]
+    assert torch.equal((net.get_parameter("1.weight") == 0).all(1).nonzero().flatten(), torch.tensor(gone))
+    assert sum(plan["weights"].values()) == round(0.3 * 64 * 74)
+    assert metrics["parameters"] - metrics["nonzero_parameters"] == 64 * 75 + sum(plan["weights"].values())
+    assert len(results["reports/prune.csv"].splitlines()) == 1 + 3
+    ((images, labels),) = dataset.batches(data / "prepared/val.parquet", spec.preprocessing, CLASSES, size=200)
+    (logits,) = onnxruntime.InferenceSession(results["models/prune/model.onnx"]).run(None, {"image": images})
+    with torch.inference_mode():
+        np.testing.assert_allclose(logits, net.eval()(torch.from_numpy(images)).numpy(), atol=1e-4)
+    assert np.mean(logits.argmax(1) == labels) == metrics["val_top1"] > 0.85
