@@ -45,7 +45,9 @@ def start(params: config.Finetune, classes: tuple[str, ...], own_name: str) -> t
         elif params.weights.source == "packaged":
             origin |= {"package": backbone.PACKAGE, "sha256": backbone.PACKAGED_SHA256}
         spec = Spec(backbone=params.backbone, classes=classes, preprocessing=preprocessing, weights=origin)
-        return backbone.pretrained(params, spec, production), spec
+        net = backbone.pretrained(params, spec, production)
+        backbone.check_size(net, spec)
+        return net, spec
 
 
 def main() -> None:

@@ -326,7 +326,10 @@ def main() -> None:
     targets = (paths.TRAIN, paths.VAL, paths.TEST, paths.MANIFEST)
     with files.replacing(*targets) as temporary:
         outputs = dict(zip((*SPLITS, "manifest"), temporary, strict=True))
-        counts = ingest(params.ingest, params.classes, outputs)
+        try:
+            counts = ingest(params.ingest, params.classes, outputs)
+        except sqlite3.OperationalError as error:
+            raise StageError(f"{tempfile.gettempdir()} cannot hold the index of the images: {error}") from None
     if counts["corrupt"]:
         print(f"ingest: unreadable images are set aside, with their reasons, in {paths.MANIFEST}")
     print("ingest: " + ", ".join(f"{count} {name}" for name, count in counts.items()))

@@ -358,3 +358,10 @@ def test_a_description_of_something_else(tmp_path: Path) -> None:
         (tmp_path / "model.json").write_text(json.dumps(wrong))
         with pytest.raises(StageError, match=rf"model\.json does not describe a model: {says}"):
             backbone.load(tmp_path / "model.safetensors", tmp_path / "model.json")
+
+
+def test_a_size_that_the_backbone_cannot_take_is_a_sentence() -> None:
+    preprocessing = backbone.preprocessing("test_vit", 64)
+    spec = Spec(backbone="test_vit", classes=("a", "b"), preprocessing=preprocessing, weights={})
+    with pytest.raises(StageError, match="finetune.image_size 64 does not suit test_vit"):
+        backbone.check_size(backbone.create("test_vit", 2, preprocessing), spec)

@@ -130,6 +130,17 @@ def pretrained(params: config.Finetune, spec: Spec, production: Path | None) -> 
     return net
 
 
+@torch.inference_mode()
+def check_size(net: nn.Module, spec: Spec) -> None:
+    """`StageError` if the network cannot take images of this size, as transformers made for another one."""
+    try:
+        net.eval()(torch.zeros(1, *spec.preprocessing.shape))
+    except (AssertionError, RuntimeError) as error:
+        size = spec.preprocessing.size
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        raise StageError(f"finetune.image_size {size} does not suit {spec.backbone}: {reason}") from None
+
+
 def _from_hub(backbone: str, classes: int, preprocessing: Preprocessing) -> nn.Module:
     try:
         return create(backbone, classes, preprocessing, pretrained=True)
