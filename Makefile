@@ -17,8 +17,9 @@ help:
 run: setup
 	$(BIN)/weighin run --params $(PARAMS)
 
+# One file of tests per core at a time; with one thread each, so that they do not wait for one another.
 test: setup
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

@@ -240,7 +240,7 @@ import sys
 from tasks.core import backbone, config
 from tasks.core.errors import StageError
 values = config.load(backbone.Path(sys.argv[1]) / "params.yaml").finetune.model_dump()
-for name in ("test_resnet", "test_vit", "test_efficientnet"):
+for name in ("test_resnet", "vit_tiny_patch16_224", "test_efficientnet"):
     params = config.Finetune.model_validate({**values, "backbone": name, "weights": {"source": "hub"}})
     spec = backbone.Spec(backbone=name, classes=("a", "b"), preprocessing=backbone.preprocessing(name, 64), weights={})
     try:
@@ -268,7 +268,7 @@ def test_weights_from_the_hub(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     absent, damaged = done.stdout.splitlines()
-    assert absent.startswith("finetune.weights hub: the weights of test_vit cannot be had: ")
+    assert absent.startswith("finetune.weights hub: the weights of vit_tiny_patch16_224 cannot be had: ")
     assert damaged.startswith("finetune.weights hub: the weights of test_efficientnet cannot be had: ")
     found = safetensors.torch.load_file(tmp_path / "test_resnet")
     own = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith("fc.")}
@@ -361,7 +361,7 @@ def test_a_description_of_something_else(tmp_path: Path) -> None:
 
 
 def test_a_size_that_the_backbone_cannot_take_is_a_sentence() -> None:
-    preprocessing = backbone.preprocessing("test_vit", 64)
-    spec = Spec(backbone="test_vit", classes=("a", "b"), preprocessing=preprocessing, weights={})
-    with pytest.raises(StageError, match="finetune.image_size 64 does not suit test_vit"):
-        backbone.check_size(backbone.create("test_vit", 2, preprocessing), spec)
+    preprocessing = backbone.preprocessing("vit_tiny_patch16_224", 64)
+    spec = Spec(backbone="vit_tiny_patch16_224", classes=("a", "b"), preprocessing=preprocessing, weights={})
+    with pytest.raises(StageError, match=r"finetune\.image_size 64 does not suit vit_tiny_patch16_224"):
+        backbone.check_size(backbone.create("vit_tiny_patch16_224", 2, preprocessing), spec)
