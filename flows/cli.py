@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tasks.core import config, files, paths
+from tasks.core import config, paths
 from tasks.core.errors import ParamsError, WeighinError
 
 app = typer.Typer(
@@ -50,10 +51,12 @@ def run(params: ParamsFile = paths.PARAMS, as_json: AsJson = False) -> None:
         chosen = _in_repository(params)
         config.load(chosen)
         from flows.retrain import retrain
+        from flows.schedule import require_server
 
+        require_server()
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # a closed terminal cancels
         decision = retrain(str(chosen))
-        report = files.read_json(paths.report("benchmark"))
-        _print(decision | {"stages": report["stages"]}, as_json, _show_run)
+        _print(decision, as_json, _show_run)
     raise typer.Exit(PROMOTED if decision["outcome"] == "promoted" else REFUSED)
 
 
@@ -118,6 +121,8 @@ def _sentences() -> Iterator[None]:
         sentence, code = str(error), USAGE
     except WeighinError as error:
         sentence, code = str(error), FAILED
+    except OSError as error:
+        sentence, code = f"{error.filename or 'input or output'}: {error.strerror or error}", FAILED
     except KeyboardInterrupt:
         sentence, code = "interrupted: the next `weighin run` goes on from here", FAILED
     else:

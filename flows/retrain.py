@@ -14,6 +14,8 @@ from tasks.core import config, files, paths, registry
 from tasks.core.errors import ParamsError, StageError, WeighinError
 from tasks.gate import sentence
 
+ADOPTED = Path(".dvc/tmp/weighin.params.yaml")
+
 ingest = stage("ingest")
 validate = stage("validate")
 finetune = stage("finetune")
@@ -29,7 +31,7 @@ def retrain(params: str = str(paths.PARAMS)) -> dict[str, Any]:
     """Bring every stage up to date with the parameter file and decide; returns the decision as JSON would have it."""
     keep_short_what_users_can_mend()
     with exclusive(get_run_logger().info):
-        adopt(Path(params))
+        asked = adopt(Path(params))
         ingest()
         validate()
         accept_data()
@@ -39,26 +41,28 @@ def retrain(params: str = str(paths.PARAMS)) -> dict[str, Any]:
         reduce()
         benchmark()
         gate()
-        return decide()
+        return decide(asked)
 
 
-def adopt(recipe: Path) -> None:
-    """Make the recipe the repository's params.yaml, which is what the stages and DVC read.
+def adopt(recipe: Path) -> bytes:
+    """Make the recipe the repository's params.yaml, which is what the stages and DVC read; returns its content.
 
     `ParamsError` if the recipe is not usable, or if params.yaml holds changes that exist nowhere else.
     """
     config.load(recipe)
-    if recipe.resolve() == paths.PARAMS.resolve():
-        return
     wanted, present = recipe.read_bytes(), paths.PARAMS.read_bytes() if paths.PARAMS.exists() else b""
-    known = [path.read_bytes() for path in paths.RECIPES.glob("*.yaml")]
-    if present and present != wanted and present not in known and not registry.is_committed(Path.cwd(), paths.PARAMS):
+    if wanted == present:
+        return wanted
+    # Lost is nothing that is a recipe, or was one when it was adopted.
+    elsewhere = [path.read_bytes() for path in (ADOPTED, *paths.RECIPES.glob("*.yaml")) if path.exists()]
+    if present and present not in elsewhere and not registry.is_committed(Path.cwd(), paths.PARAMS):
         raise ParamsError(
             f"{paths.PARAMS} has changes that are not committed: commit them or keep them as a recipe before "
             f"{recipe} takes their place"
         )
-    if present != wanted:
-        files.write_bytes(paths.PARAMS, wanted)
+    files.write_bytes(ADOPTED, wanted)
+    files.write_bytes(paths.PARAMS, wanted)
+    return wanted
 
 
 @task(name="accept data", task_run_name="accept data")
@@ -73,15 +77,21 @@ def accept_data() -> None:
 
 
 @task(name="decide", task_run_name="decide")
-def decide() -> dict[str, Any]:
-    """Show the stages and the gate, and record the promotion or the refusal."""
+def decide(asked: bytes) -> dict[str, Any]:
+    """Show the stages and the gate, and record the promotion or the refusal.
+
+    `StageError` if params.yaml is no longer what this run began with: the record would name values that made nothing.
+    """
+    if paths.PARAMS.read_bytes() != asked:
+        raise StageError(f"{paths.PARAMS} changed while the run was at work: run again")
     verdict = sentence(files.read_json(paths.report("gate")))
     artifacts.show_stages()
     artifacts.show_gate(verdict)
     decision, recorded = registry.record(Path.cwd(), config.load().model)
     outcome = f"{decision.outcome} {decision.model} {decision.version or ''}".strip()
     get_run_logger().info("%s (%s), %s", outcome, "new" if recorded else "already recorded", verdict)
-    return decision.model_dump(mode="json") | {"recorded": recorded, "verdict": verdict}
+    stages = files.read_json(paths.report("benchmark"))["stages"]
+    return decision.model_dump(mode="json") | {"recorded": recorded, "verdict": verdict, "stages": stages}
 
 
 def keep_short_what_users_can_mend() -> None:

@@ -32,12 +32,24 @@ def serve(cron: str, params: Path) -> None:
         retrain.serve(name="weighin", cron=cron, parameters={"params": str(params)}, pause_on_shutdown=False, limit=1)
 
 
+def require_server() -> None:
+    """`StageError` if a Prefect server is configured but does not answer; without one there is nothing to require."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    if url := PREFECT_API_URL.value():
+        with get_client(sync_client=True) as client:
+            if problem := client.api_healthcheck():
+                raise StageError(f"no Prefect server answers at {url} ({problem}): start it, or unset PREFECT_API_URL")
+
+
 @contextmanager
 def _server() -> Iterator[None]:
     """The configured Prefect server, or else one of our own: the ephemeral one runs no schedules."""
     from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_API_PORT, temporary_settings
 
     if PREFECT_API_URL.value():
+        require_server()
         yield
         return
     url = f"http://127.0.0.1:{PREFECT_SERVER_API_PORT.value()}"

@@ -7,9 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import task
 from prefect.client.schemas.objects import State
@@ -18,6 +18,7 @@ from prefect.states import Completed
 
 from tasks.core.errors import StageError
 
+T = TypeVar("T")
 LOCK = Path(".dvc/tmp/weighin.lock")
 GRACE_S = 10.0
 BUSY_WAIT_S = 2.0
@@ -75,7 +76,8 @@ def is_current(name: str, say: Callable[[str], None]) -> bool:
 
     `StageError` if an input does not exist.
     """
-    with _locked(say) as repo:
+
+    def ask(repo: Any) -> bool:
         found = repo.stage.load_one(name=name)
         for dependency in found.deps:
             if not dependency.exists:
@@ -84,30 +86,37 @@ def is_current(name: str, say: Callable[[str], None]) -> bool:
                 )
         return not found.changed()
 
+    return _with_repository(ask, say)
+
 
 def restore(name: str, say: Callable[[str], None]) -> None:
     """Put back the results of the last good run, which DVC removed before the stage ran."""
-    with _locked(say) as repo:
+
+    def bring(repo: Any) -> None:
         if repo.stage.load_one(name=name).outs[0].hash_info:
             repo.checkout(targets=[name], force=True, allow_missing=True)
 
+    _with_repository(bring, say)
 
-@contextmanager
-def _locked(say: Callable[[str], None]) -> Iterator[Any]:
+
+def _with_repository(use: Callable[[Any], T], say: Callable[[str], None]) -> T:
+    """What `use` makes of the locked DVC repository; waits while another DVC command holds a lock that it needs."""
+    from dvc.exceptions import DvcException
     from dvc.lock import LockError
     from dvc.repo import Repo, lock_repo
 
     said = False
-    with Repo() as repo, ExitStack() as held:
-        while True:
-            try:
-                held.enter_context(lock_repo(repo))
-                break
-            except LockError:
-                if not said:
-                    say("another DVC command holds the lock of this repository: waiting for it to end")
-                said = True
-        yield repo
+    while True:
+        try:
+            with Repo() as repo, lock_repo(repo):
+                return use(repo)
+        except LockError:
+            if not said:
+                say("another DVC command holds the lock of these files: waiting for it to end")
+            said = True
+            time.sleep(BUSY_WAIT_S)
+        except DvcException as error:
+            raise StageError(f"DVC cannot go on: {' '.join(str(error).split())}") from None
 
 
 def run(name: str, say: Callable[[str], None]) -> bool:
@@ -116,22 +125,21 @@ def run(name: str, say: Callable[[str], None]) -> bool:
     Whatever ends this early (Ctrl-C, cancellation) ends the stage's whole process group. If the stage did not
     succeed, the results of its last good run are put back. `StageError` with the stage's own sentence if it failed.
     """
-    waiting = False
+    said = False
     while True:
-        done = False
         try:
             status, lines = _reproduce(name, say)
-            done = status == 0
-        finally:
-            if not done:
-                restore(name, say)
-        if done:
+        except BaseException:
+            restore(name, say)
+            raise
+        if status == 0:
             return any(CACHED in line for line in lines)
         if not any(busy in line for line in lines for busy in BUSY):
+            restore(name, say)
             raise StageError(f"{name}: {_reason(lines)}")
-        if not waiting:
+        if not said:
             say("another DVC command is working on the same files: waiting for it to end")
-        waiting = True
+        said = True
         time.sleep(BUSY_WAIT_S)
 
 
@@ -161,16 +169,15 @@ def _reproduce(name: str, say: Callable[[str], None]) -> tuple[int, list[str]]:
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
-    """End whatever is left of the process group, politely first."""
-    for ending in (signal.SIGTERM, signal.SIGKILL):
-        try:
+    """End whatever is left of the process group, politely first: a stage removes its temporary files on SIGTERM."""
+    with suppress(ProcessLookupError):
+        for ending in (signal.SIGTERM, signal.SIGKILL):
             os.killpg(process.pid, ending)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            continue
+            deadline = time.monotonic() + GRACE_S
+            while time.monotonic() < deadline:
+                process.poll()  # a leader that nobody has waited for would still count as there
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
     process.wait()
 
 

@@ -1,5 +1,7 @@
 """benchmark: weigh the model of every stage in ONNX Runtime, as the device would run it."""
 
+import csv
+import io
 import itertools
 import platform
 import time
@@ -131,21 +133,25 @@ def processor() -> str:
 def write_tables(report: dict[str, Any]) -> None:
     """The main numbers for `dvc metrics`, and the stages and the final model's predictions for `dvc plots`."""
     columns = ("top1", "size_bytes", "zst_bytes", "latency_p50_ms")
-    main_numbers = {name: {column: stage[column] for column in columns} for name, stage in report["stages"].items()}
-    files.write_json(paths.METRICS, main_numbers)
-    rows = [",".join(("stage", *columns))]
-    rows += [
-        ",".join((name, *(f"{round(stage[column], 6)}" for column in columns)))
-        for name, stage in report["stages"].items()
-    ]
-    final = report["stages"]["reduce"]
+    stages = report["stages"]
+    files.write_json(paths.METRICS, {name: {key: stage[key] for key in columns} for name, stage in stages.items()})
+    rows = [[name, *(round(stage[key], 6) for key in columns)] for name, stage in stages.items()]
+    _write_csv(paths.STAGES, [["stage", *columns], *rows])
+    final = stages["reduce"]
     classes = list(final["class_recall"])
-    predictions = ["actual,predicted"]
-    for actual, counts in zip(classes, final["confusion"], strict=True):
-        for predicted, count in zip(classes, counts, strict=True):
-            predictions += [f"{actual},{predicted}"] * count
-    files.write_bytes(paths.STAGES, ("\n".join(rows) + "\n").encode())
-    files.write_bytes(paths.PREDICTIONS, ("\n".join(predictions) + "\n").encode())
+    predictions = [
+        [actual, predicted]
+        for actual, counts in zip(classes, final["confusion"], strict=True)
+        for predicted, count in zip(classes, counts, strict=True)
+        for _ in range(count)
+    ]
+    _write_csv(paths.PREDICTIONS, [["actual", "predicted"], *predictions])
+
+
+def _write_csv(path: Path, rows: list[list[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    files.write_bytes(path, text.getvalue().encode())
 
 
 def main() -> None:

@@ -18,9 +18,10 @@ from typing import IO, Any, NamedTuple, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
+from PIL import Image
 
 from tasks.core import config, files, paths
+from tasks.core.dataset import upright
 from tasks.core.errors import StageError, run
 from tasks.core.progress import track
 
@@ -200,12 +201,13 @@ def describe(item: Item) -> dict[str, Any]:
     row["sha256"] = hashlib.sha256(item.image).hexdigest()
     try:
         with Image.open(io.BytesIO(item.image), formats=FORMATS) as opened:
-            image = ImageOps.exif_transpose(opened)
+            mode, image = opened.mode, upright(opened)
             pixels = np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:
+        # Pillow's decoders raise whatever damaged bytes lead them to; each is a reason to set the image aside.
         row["reason"] = str(error).split(" <_io")[0][:200] or type(error).__name__  # without Pillow's memory address
         return row
-    row.update(width=image.width, height=image.height, mode=image.mode, readable=True)
+    row.update(width=image.width, height=image.height, mode=mode, readable=True)
     row.update(mean=float(pixels.mean()), std=float(pixels.std()))
     row["pixels_sha256"] = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
     return row

@@ -13,7 +13,6 @@ import pandas as pd
 from tasks.core import config, files, paths
 from tasks.core.errors import StageError, run
 
-DOCS = paths.REPORTS / "data_docs"
 SPLITS = ("train", "val", "test")
 COLUMNS = (
     "path", "label", "width", "height", "sha256", "pixels_sha256", "split", "std", "readable", "reason",
@@ -158,9 +157,7 @@ def outcome(rule: Rule, judged: dict[str, Any], frame: pd.DataFrame) -> dict[str
     elif "unexpected_count" in result:
         observed, offending = _observed(rule, result, frame)
     else:
-        raise StageError(
-            f"{paths.MANIFEST}: {rule.name} cannot be judged; run ingest again ({judged['exception_info']})"
-        )
+        raise StageError(f"{paths.MANIFEST}: {rule.name} cannot be judged; run ingest again")
     entry = {"name": rule.name, "severity": rule.severity, "passed": passed, "observed": observed}
     return {**entry, "offending": offending[:SHOWN], "sentence": _sentence(rule.says, passed, observed, offending)}
 
@@ -205,7 +202,7 @@ def main() -> None:
         manifest = pd.read_parquet(paths.MANIFEST)
     except ValueError as error:
         raise StageError(f"{paths.MANIFEST} is not Parquet; run ingest again ({error})") from None
-    with files.replacing(DOCS) as (docs,):
+    with files.replacing(paths.DATA_DOCS) as (docs,):
         verdict = validate(manifest, params.validate_, params.classes, docs)
     files.write_json(paths.report("validate"), verdict)
     failed = [entry for entry in verdict["expectations"] if not entry["passed"]]

@@ -42,6 +42,9 @@ def created(name: str, size: int = 32, classes: int = 3, seed: int = 0) -> nn.Mo
 
 
 def pretrained(name: str, size: int = 32, classes: tuple[str, ...] = CLASSES, **weights: Any) -> nn.Module:
+    if weights["source"] == "file":
+        path = Path(weights["path"])
+        weights = {"sha256": files.sha256(path) if path.exists() else "0" * 64} | weights
     return backbone.pretrained(parameters(name, size, **weights), spec(name, size, classes), None)
 
 

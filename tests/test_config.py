@@ -135,6 +135,13 @@ def test_values_are_those_of_the_file(tmp_path: Path) -> None:
         ("[shirt, trouser", "[1, trouser", "classes.0: Input should be a valid string, not 1"),
         ("model: classifier", "model: A model", "model: String should match pattern"),
         ("source: packaged", "source: file", "finetune.weights: path goes with source: file, and only"),
+        ("source: packaged", "source: file, path: a", "finetune.weights: sha256 goes with source: file, and only"),
+        (
+            "source: packaged",
+            "source: packaged, stage: prune",
+            "finetune.weights: model and stage go with source: prod",
+        ),
+        ("min_side: 8", "min_side: 5000", "validate: min_side 5000 is larger than max_side 4096"),
         (
             "source: packaged",
             "source: none, path: a",

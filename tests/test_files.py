@@ -150,3 +150,41 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
     assert done.stderr.endswith("KeyError: 'key'\n")
+
+
+def test_parameters_that_change_while_a_stage_runs_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("a: 1")
+    script = """
+from pathlib import Path
+from tasks.core import errors
+errors.run(lambda: Path("params.yaml").write_text("a: 2"))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: params.yaml changed while the stage was at work: run again\n"
+
+
+def test_a_stage_told_to_end_takes_its_temporary_files_along(tmp_path: Path) -> None:
+    script = """
+import time
+from pathlib import Path
+from tasks.core import errors, files
+def main():
+    with files.replacing(Path("model.bin")) as (temporary,):
+        temporary.write_bytes(b"half")
+        print("writing", flush=True)
+        time.sleep(60)
+errors.run(main)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    process.terminate()
+    assert process.wait(30) == 128 + 15
+    assert list(tmp_path.iterdir()) == []

@@ -229,7 +229,7 @@ def test_where_the_weights_came_from_is_recorded(tmp_path: Path) -> None:
     path = tmp_path / "start.safetensors"
     backbone.save(backbone.create("mlp", 10, spec.preprocessing), spec, path, tmp_path / "start.json")
     params = config.load(ROOT / "params.yaml").finetune
-    weights = config.Weights(source="file", path=str(path))
+    weights = config.Weights(source="file", path=str(path), sha256=files.sha256(path))
     params = params.model_copy(update={"backbone": "mlp", "image_size": 8, "weights": weights})
     net, found = finetune.start(params, CLASSES, "classifier")
     assert found.weights == {"source": "file", "path": str(path), "sha256": files.sha256(path)}
@@ -241,8 +241,8 @@ def test_where_the_weights_came_from_is_recorded(tmp_path: Path) -> None:
 def test_zeros_of_a_compressed_network_stay_when_they_are_asked_to(tmp_path: Path, stage: str) -> None:
     root = repository(tmp_path)
     params = config.load(root / "params.yaml").finetune
-    params = params.model_copy(update={"weights": config.Weights(source="none", stage=stage)})  # type: ignore[arg-type]
     net, spec = finetune.start(params, CLASSES, "classifier")
+    params = params.model_copy(update={"weights": config.Weights(source="production", stage=stage)})  # type: ignore[arg-type]
     with torch.no_grad():
         net.get_parameter("1.weight")[:64] = 0
         net.get_parameter("1.bias")[:64] = 0

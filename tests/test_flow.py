@@ -295,6 +295,22 @@ def test_it_runs_in_any_state_of_git(workspace: Workspace, tmp_path: Path, kind:
     assert clone.git("rev-parse", "HEAD") == head
 
 
+def test_a_recipe_may_be_edited_and_run_again(workspace: Workspace, tmp_path: Path) -> None:
+    mine, text = tmp_path / "mine.yaml", (workspace.root / RECIPE).read_text()
+    mine.write_text(text + "# mine\n")
+    workspace.run("--params", str(mine))
+    mine.write_text(text.replace("max_size_bytes: 60000", "max_size_bytes: 59999"))
+    assert workspace.run("--params", str(mine))["failed"] == []
+    assert workspace.ran() == ["gate"]
+
+
+def test_a_server_that_does_not_answer_is_one_sentence(workspace: Workspace) -> None:
+    done = workspace.call("weighin", "run", PREFECT_API_URL=f"http://127.0.0.1:{free_port()}/api")
+    assert done.returncode == FAILED
+    assert done.stderr.splitlines()[-1].startswith("error: no Prefect server answers at http://127.0.0.1")
+    assert "Traceback" not in done.stderr
+
+
 def test_bad_parameters_end_with_status_2_before_anything_runs(workspace: Workspace) -> None:
     before = workspace.results()
     text = (workspace.root / "params.yaml").read_text()
@@ -402,8 +418,23 @@ def test_two_runs_take_turns(workspace: Workspace) -> None:
     assert process.returncode == PROMOTED
 
 
-def test_it_waits_for_the_lock_of_another_dvc_command(workspace: Workspace) -> None:
-    hold = "import sys, dvc.repo as d\nwith d.Repo() as repo, repo.lock: print('held', flush=True); sys.stdin.read()"
+HOLD = {
+    "repository": "repo.lock",
+    "files": "rwlock(repo.tmp_dir, repo.fs, 'other', [], [str(Path('data/models').resolve())], False)",
+}
+
+
+@pytest.mark.parametrize("what", HOLD)
+def test_it_waits_for_the_lock_of_another_dvc_command(workspace: Workspace, what: str) -> None:
+    hold = f"""
+import sys
+from pathlib import Path
+from dvc.repo import Repo
+from dvc.rwlock import rwlock
+with Repo() as repo, {HOLD[what]}:
+    print("held", flush=True)
+    sys.stdin.read()
+"""
     holder = subprocess.Popen(
         [sys.executable, "-c", hold], cwd=workspace.root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

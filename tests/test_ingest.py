@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 
 from tasks.core import config
 from tasks.core.errors import StageError
-from tasks.ingest import ingest
+from tasks.ingest import Item, describe, ingest
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "val", "test")
@@ -386,3 +386,23 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         peaks[count] = int(done.stdout.splitlines()[-1]) / 1024
     assert peaks[8000] - peaks[1000] < 45, peaks  # MB
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path, kind: str) -> None:
+    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    row = describe(Item("a", "cat", encoded(Image.fromarray(values), kind)))
+    assert (row["readable"], row["mode"][:4]) == (True, "I;16")
+    assert row["mean"] == pytest.approx((values >> 8).mean())
+
+
+def test_pixels_of_unknown_range_are_quarantined() -> None:
+    row = describe(Item("a", "cat", encoded(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF")))
+    assert row["readable"] is False
+    assert "mode F, whose range is not known" in row["reason"]
+
+
+def test_a_damaged_exif_block_is_a_reason_not_a_crash() -> None:
+    row = describe(Item("a", "cat", encoded(noise(0, 8, 8), exif=b"MM\0*\0\0")))
+    assert row["readable"] is False
+    assert row["reason"]

@@ -110,7 +110,7 @@ def head(net: nn.Module) -> str:
 
 
 def pretrained(params: config.Finetune, spec: Spec, production: Path | None) -> nn.Module:
-    """The network with its starting weights and a new head.
+    """The network with its starting weights; the head is new unless it has as many classes as these weights.
 
     `production` holds the weights of the registered model, when those are the source. `StageError` names a
     missing file, a wrong hash, weights of another architecture, and weights that are not finite.

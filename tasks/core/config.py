@@ -45,6 +45,12 @@ class Validate(Section):
     min_side: Count = Field(description="image width and height in pixels, at least")
     max_side: Count = Field(description="image width and height in pixels, at most")
 
+    @model_validator(mode="after")
+    def _sides_in_order(self) -> Self:
+        if self.min_side > self.max_side:
+            raise ValueError(f"min_side {self.min_side} is larger than max_side {self.max_side}")
+        return self
+
 
 class Weights(Section):
     """Where training starts."""
@@ -63,6 +69,10 @@ class Weights(Section):
     def _needs_path(self) -> Self:
         if (self.source == "file") != (self.path is not None):
             raise ValueError("path goes with source: file, and only with it")
+        if (self.source == "file") != (self.sha256 is not None):
+            raise ValueError("sha256 goes with source: file, and only with it: it says which weights are meant")
+        if self.source != "production" and (self.model is not None or self.stage != "finetune"):
+            raise ValueError("model and stage go with source: production, and only with it")
         return self
 
 
@@ -201,6 +211,8 @@ def load(path: Path = PARAMS) -> Params:
         content = YAML(typ="safe").load(path.read_text())
     except FileNotFoundError:
         raise ParamsError(f"{path} does not exist: give a parameter file, such as params.yaml") from None
+    except OSError as error:
+        raise ParamsError(f"{path} cannot be read: {error.strerror}; give a parameter file") from None
     except (YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that no calendar has
         raise ParamsError(f"{path} is not YAML: {_problem(error)}") from None
     try:

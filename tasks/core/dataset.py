@@ -41,9 +41,19 @@ class Preprocessing(BaseModel):
         return (self.channels, self.size, self.size)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation wants it, 16-bit grey as 8-bit; `ValueError` if its range is not known."""
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))  # convert() would clip, not scale
+    if turned.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode {turned.mode}, whose range is not known: save it with 8 or 16 bits")
+    return turned
+
+
 def decode(data: bytes, mode: str) -> Image.Image:
     """The image upright and in the given mode."""
-    return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert(mode)
+    return upright(Image.open(io.BytesIO(data))).convert(mode)
 
 
 def tensor(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.float32]:

@@ -1,7 +1,10 @@
 """The one exception family, and how a stage's process ends when something is wrong."""
 
+import signal
 import sys
 from collections.abc import Callable
+
+from tasks.core.paths import PARAMS
 
 
 class WeighinError(Exception):
@@ -23,11 +26,16 @@ class RegistryError(WeighinError):
 def run(main: Callable[[], None]) -> None:
     """Run a stage's `main`; end the process with status 1 and one line `error: …` on stderr if it cannot go on.
 
-    Errors of the operating system (no space, no permission) are told the same way, with the file they name.
-    Anything else is a bug in Weighin and keeps its traceback.
+    If params.yaml changes meanwhile, that is an error too: DVC would record the new values for results of the old.
+    SIGTERM unwinds the stack, so that temporary files go. Errors of the operating system (no space, no permission)
+    are told the same way, with the file they name. Anything else is a bug in Weighin and keeps its traceback.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
+        before = _params()
         main()
+        if _params() != before:
+            raise StageError(f"{PARAMS} changed while the stage was at work: run again")
     except WeighinError as error:
         sentence = str(error)
     except OSError as error:
@@ -38,3 +46,7 @@ def run(main: Callable[[], None]) -> None:
         return
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     raise SystemExit(1)
+
+
+def _params() -> bytes:
+    return PARAMS.read_bytes() if PARAMS.exists() else b""

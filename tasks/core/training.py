@@ -82,7 +82,7 @@ def checkpoint_path(stage: str, *inputs: Path, params: config.Section, spec: Spe
 
 def forget(stage: str) -> None:
     """Remove the stage's checkpoints, once its results are written."""
-    for path in paths.CHECKPOINTS.glob(f"{stage}-*.pt"):
+    for path in paths.CHECKPOINTS.glob(f"*{stage}-*.pt*"):
         path.unlink()
 
 
@@ -210,10 +210,14 @@ def _optimizer(
     else:
         optimizer = torch.optim.SGD(groups, lr=params.learning_rate, momentum=0.9, nesterov=True)
     steps = max(steps, 1)
-    if params.schedule == "one-cycle":
+    if params.schedule == "one-cycle":  # torch divides by 0.2 * steps - 1
         cycle_momentum = params.optimizer == "sgd"
         return optimizer, torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, params.learning_rate, total_steps=steps, pct_start=0.2, cycle_momentum=cycle_momentum
+            optimizer,
+            params.learning_rate,
+            total_steps=steps,
+            pct_start=0.2 if steps > 5 else 0.3,
+            cycle_momentum=cycle_momentum,
         )
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
