@@ -77,7 +77,13 @@ class Workspace:
         return subprocess.run(["git", *args], cwd=self.root, check=True, capture_output=True, text=True).stdout.strip()
 
     def post(self, path: str, **body: Any) -> Any:
-        return httpx.post(f"{self.api}/{path}", json=body, timeout=30).raise_for_status().json()
+        """What the server answers; 503 is its way to say that its database is busy just now."""
+
+        def answer() -> httpx.Response | None:
+            response = httpx.post(f"{self.api}/{path}", json=body, timeout=30)
+            return None if response.status_code == httpx.codes.SERVICE_UNAVAILABLE else response
+
+        return wait_for(answer, f"an answer to {path}").raise_for_status().json()
 
     def states(self) -> dict[str, str]:
         """The state of each task in the newest flow run."""
