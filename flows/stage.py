@@ -129,7 +129,7 @@ def run(name: str, say: Callable[[str], None]) -> bool:
     while True:
         try:
             status, lines = _reproduce(name, say)
-        except BaseException:
+        except BaseException:  # Ctrl-C and cancellation too; it goes on rising
             restore(name, say)
             raise
         if status == 0:
