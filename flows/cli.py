@@ -1,11 +1,14 @@
-"""The command line: `weighin run | status | schedule | params`."""
+"""The command line: `weighin` and its commands. Each imports what it needs when it is called."""
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+keys_app = typer.Typer(help="The key that signs decisions.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+
 PROMOTED, FAILED, USAGE, REFUSED = 0, 1, 2, 3
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -33,15 +39,22 @@ QUIET = {
 }
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file: params.yaml, or a recipe.", metavar="FILE")]
+Model = Annotated[str | None, typer.Option(help="Model name; the one in params.yaml if left out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for programs.")]
 
 
 @app.command()
-def run(params: ParamsFile = paths.PARAMS, as_json: AsJson = False) -> None:
+def run(
+    params: ParamsFile = paths.PARAMS,
+    bootstrap: Annotated[
+        bool, typer.Option("--bootstrap", help="Let the first promotion go without a champion to compare with.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Bring every stage up to date and decide: promote or refuse.
 
     Stages whose code, parameters and inputs have not changed are skipped. A recipe given with --params becomes
-    the repository's params.yaml.
+    the repository's params.yaml. The model in production runs on the same test images, and must not be better.
 
     Exit status: **0** promoted, **3** refused by the gate, **1** failed, **2** wrong usage or parameters.
 
@@ -55,14 +68,16 @@ def run(params: ParamsFile = paths.PARAMS, as_json: AsJson = False) -> None:
 
         require_server()
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # a closed terminal cancels
-        decision = retrain(str(chosen))
-        _print(decision, as_json, _show_run)
+        decision = retrain(str(chosen), bootstrap)
+        from flows import display
+
+        _print(decision, as_json, display.run)
     raise typer.Exit(PROMOTED if decision["outcome"] == "promoted" else REFUSED)
 
 
 @app.command()
 def status(
-    model: Annotated[str | None, typer.Option(help="Model name; the one in params.yaml if left out.")] = None,
+    model: Model = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the model in production and the latest decision.
@@ -76,7 +91,154 @@ def status(
         name = model or config.load().model
         found = {"production": registry.production(Path.cwd(), name), "latest": registry.latest(Path.cwd(), name)}
         content = {key: value and value.model_dump(mode="json") for key, value in found.items()}
-        _print({"model": name} | content, as_json, _show_status)
+        from flows import display
+
+        _print({"model": name} | content, as_json, display.status)
+
+
+@app.command("gate")
+def show_gate(
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Each check with its meaning and what would pass it.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the verdict on the model that lies here.
+
+    Exit status: **0** it makes weight, **3** it is refused, **1** there is no verdict.
+    """
+    with _sentences():
+        _in_repository(paths.PARAMS)
+        from tasks import gate
+        from tasks.core import files
+
+        verdict = files.read_json(paths.report("gate"))
+        if explain and not as_json:
+            from flows import display
+
+            display.verdict(verdict)
+        else:
+            _print(verdict, as_json, lambda content: print(f"gate: {gate.sentence(content)}"))
+    raise typer.Exit(PROMOTED if verdict["passed"] is True else REFUSED)
+
+
+@app.command()
+def rollback(
+    reason: Annotated[str, typer.Option(help="Why; it is recorded.")],
+    version: Annotated[str | None, typer.Argument(help="Version to go back to; the one before if left out.")] = None,
+    model: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put an earlier version into production again, once it is audited and has run here.
+
+    The version that goes is refused from then on, until it is put back by name. The next challenger has to face the
+    version that is back.
+
+    Example: `weighin rollback --reason "wrong on night images"`, or `weighin rollback v0.2.0 --reason "..."`
+    """
+    with _sentences():
+        _in_repository(paths.PARAMS)
+        from flows.rollback import rollback
+
+        say = (lambda text: print(text, file=sys.stderr)) if as_json else print
+        decision = rollback(Path.cwd(), model or config.load().model, version, reason, say)
+        text = f"decision: rolled back {decision.model} from {decision.replaces} to {decision.version}"
+        _print(decision.model_dump(mode="json"), as_json, lambda _: print(text))
+
+
+@app.command()
+def audit(
+    version: Annotated[
+        str | None, typer.Argument(help="Version whose artifacts are read; production if left out.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Read the artifacts of every decision.")] = False,
+    remote: Annotated[bool, typer.Option("--remote", help="Read the git remote and DVC's remote too.")] = False,
+    model: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every decision from the first one on, and hash every artifact again.
+
+    The chain, the signatures, each verdict from its evidence, tags and pointers; the artifacts of what is in
+    production, of a version, or with --all of every decision; and the files that lie here.
+
+    Exit status: **0** everything holds, **1** there are findings, each with what was expected and what was found.
+
+    Examples: `weighin audit`, or `weighin audit v0.2.0 --remote`
+    """
+    with _sentences():
+        _in_repository(paths.PARAMS)
+        from flows.audit import audit
+
+        params = config.load()
+        elsewhere = (params.registry.remote or "origin") if remote else None
+        report = audit(Path.cwd(), model or params.model, version, everything, elsewhere)
+        from flows import display
+
+        content = dataclasses.asdict(report) | {"findings": [one._asdict() for one in report.findings]}
+        _print(content, as_json, lambda _: display.audit(report))
+    raise typer.Exit(FAILED if report.findings else PROMOTED)
+
+
+@app.command()
+def reproduce(
+    version: Annotated[str, typer.Argument(help="Version to make again.")],
+    model: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a version again from its code, parameters and data, in a clean worktree, and compare.
+
+    Exit status: **0** reproduced, **1** not; then the first artifact that differs is named.
+
+    Example: `weighin reproduce v0.1.0`
+    """
+    with _sentences():
+        _in_repository(paths.PARAMS)
+        from flows import display
+        from flows.reproduce import reproduce
+
+        say = (lambda text: print(text, file=sys.stderr)) if as_json else print
+        result = reproduce(Path.cwd(), model or config.load().model, version, say)
+        content = result._asdict() | {"artifacts": [one._asdict() | {"same": one.same} for one in result.artifacts]}
+        _print(content, as_json, lambda _: display.reproduction(result))
+    raise typer.Exit(PROMOTED if result.holds else FAILED)
+
+
+@app.command()
+def lineage(
+    what: Annotated[str, typer.Argument(metavar="VERSION|FILE", help="A version such as v0.1.0, or a data file.")],
+    model: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a version was made of, or every model that saw a data file.
+
+    Examples: `weighin lineage v0.1.0`, or `weighin lineage data/raw/my-images/cat/1.jpg`
+    """
+    with _sentences():
+        start = Path.cwd()
+        _in_repository(paths.PARAMS)
+        from flows import display
+        from flows import lineage as lines
+
+        if re.fullmatch(r"v\d+\.\d+\.\d+", what):
+            steps = lines.backward(Path.cwd(), model or config.load().model, what)
+            _print(steps, as_json, display.origins)
+        else:
+            file = Path(os.path.relpath(start / what, Path.cwd())) if (start / what).exists() else Path(what)
+            _print(lines.forward(Path.cwd(), file), as_json, display.uses)
+
+
+@keys_app.command()
+def rotate() -> None:
+    """Sign with a new key from now on; what the old one signed stays valid.
+
+    The change of deploy/trusted_keys is for review, as every change there.
+    """
+    with _sentences():
+        _in_repository(paths.PARAMS)
+        from tasks.core import keys
+
+        old, new = keys.rotate(Path.cwd(), datetime.now(UTC))
+        print(f"keys: {new} signs from now on, {old} did until now; commit {keys.TRUSTED}")
 
 
 @app.command()
@@ -107,7 +269,9 @@ def show_params(params: ParamsFile = paths.PARAMS, as_json: AsJson = False) -> N
     """
     with _sentences():
         loaded = config.load(_in_repository(params))
-        _print(loaded.model_dump(mode="json", by_alias=True), as_json, lambda _: _show_params(loaded))
+        from flows import display
+
+        _print(loaded.model_dump(mode="json", by_alias=True), as_json, lambda _: display.params(loaded))
 
 
 @contextmanager
@@ -142,74 +306,8 @@ def _in_repository(params: Path) -> Path:
     return chosen.relative_to(root) if chosen.is_absolute() and chosen.is_relative_to(root) else chosen
 
 
-def _print(content: dict[str, Any], as_json: bool, show: Any) -> None:
+def _print(content: Any, as_json: bool, show: Any) -> None:
     if as_json:
         print(json.dumps(content, indent=2))
     else:
         show(content)
-
-
-def _show_run(content: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from flows.artifacts import stage_rows
-
-    table = Table("stage", title=None)
-    for column in ("top-1", "bytes", "p50 ms", "smaller", "faster"):
-        table.add_column(column, justify="right")
-    for row in stage_rows(content):
-        table.add_row(
-            row["stage"],
-            f"{row['top1']:.2%}",
-            f"{row['size_bytes']:,}",
-            f"{row['latency_p50_ms']:.3f}",
-            f"{row['times_smaller']:.1f}x",
-            f"{row['times_faster']:.1f}x",
-        )
-    console = Console()
-    console.print(table)
-    console.print(f"gate: {content['verdict']}", highlight=False, soft_wrap=True)
-    console.print(_outcome(content), highlight=False, soft_wrap=True)
-
-
-def _outcome(decision: dict[str, Any]) -> str:
-    colour = "green" if decision["outcome"] == "promoted" else "red"
-    what = f"{decision['model']} {decision['version'] or ''}".strip()
-    known = "" if decision["recorded"] else " (nothing changed since that decision)"
-    return f"decision: [{colour}]{decision['outcome']}[/{colour}] {what}{known}"
-
-
-def _show_status(content: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console()
-    production, latest = content["production"], content["latest"]
-    if production is None:
-        console.print(f"production: no version of {content['model']} yet", highlight=False)
-    else:
-        console.print(
-            f"production: {production['model']} {production['version']}, promoted {production['created']}, "
-            f"model SHA-256 {production['model_sha256']}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    if latest is None:
-        console.print("latest decision: none; start with `weighin run`", highlight=False)
-    else:
-        failed = f", failed: {', '.join(latest['failed'])}" if latest["failed"] else ""
-        console.print(f"latest decision: {latest['outcome']} {latest['created']}{failed}", highlight=False)
-
-
-def _show_params(params: config.Params) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("parameter", no_wrap=True, style="bold")
-    table.add_column("value, bounds, meaning", overflow="fold")
-    for name, value, bounds, meaning in config.explained(params):
-        table.add_row(name, f"[cyan]{value}[/cyan]" + (f"  ({bounds})" if bounds else ""))
-        if meaning:
-            table.add_row("", f"[dim]{meaning}[/dim]")
-    Console().print(table)

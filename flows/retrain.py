@@ -27,8 +27,12 @@ gate = stage("gate")
 
 
 @flow(name="retrain")
-def retrain(params: str = str(paths.PARAMS)) -> dict[str, Any]:
-    """Bring every stage up to date with the parameter file and decide; returns the decision as JSON would have it."""
+def retrain(params: str = str(paths.PARAMS), bootstrap: bool = False) -> dict[str, Any]:
+    """Bring every stage up to date with the parameter file and decide; returns the decision as JSON would have it.
+
+    `bootstrap` lets the first promotion go without a champion. If another version comes into production while this
+    run is at work, its champion is no longer the one to beat, and the new one is faced.
+    """
     keep_short_what_users_can_mend()
     with exclusive(get_run_logger().info):
         asked = adopt(Path(params))
@@ -39,9 +43,14 @@ def retrain(params: str = str(paths.PARAMS)) -> dict[str, Any]:
         prune()
         quantize()
         reduce()
-        benchmark()
-        gate()
-        return decide(asked)
+        while True:
+            champion(bootstrap)
+            benchmark()
+            gate()
+            try:
+                return decide(asked)
+            except registry.Superseded as lost:
+                get_run_logger().info("superseded: %s", lost)
 
 
 def adopt(recipe: Path) -> bytes:
@@ -76,18 +85,27 @@ def accept_data() -> None:
         raise StageError(f"validate: {(failed or ['the data did not pass'])[0]}{more}")
 
 
+@task(name="champion", task_run_name="champion")
+def champion(bootstrap: bool) -> None:
+    """Lay what the reduced model has to face in data/champion: the version in production, if there is one."""
+    challenger = files.sha256(paths.onnx("reduce"))
+    found = registry.lay_champion(Path.cwd(), config.load().model, challenger, bootstrap)
+    get_run_logger().info("champion: %s", found.version or "none yet")
+
+
 @task(name="decide", task_run_name="decide")
 def decide(asked: bytes) -> dict[str, Any]:
     """Show the stages and the gate, and record the promotion or the refusal.
 
     `StageError` if params.yaml is no longer what this run began with: the record would name values that made nothing.
+    `registry.Superseded` if another version came into production meanwhile.
     """
     if paths.PARAMS.read_bytes() != asked:
         raise StageError(f"{paths.PARAMS} changed while the run was at work: run again")
     verdict = sentence(files.read_json(paths.report("gate")))
     artifacts.show_stages()
     artifacts.show_gate(verdict)
-    decision, recorded = registry.record(Path.cwd(), config.load().model)
+    decision, recorded = registry.record(Path.cwd(), config.load().model, get_run_logger().info)
     outcome = f"{decision.outcome} {decision.model} {decision.version or ''}".strip()
     get_run_logger().info("%s (%s), %s", outcome, "new" if recorded else "already recorded", verdict)
     stages = files.read_json(paths.report("benchmark"))["stages"]

@@ -21,26 +21,61 @@ from tasks.core.probe import probe
 from tasks.core.progress import track
 
 WEIGHED = ("finetune", "prune", "quantize", "reduce")
+CHAMPION = "champion"
 BATCH = 100
 TURN = 10
+ODD = (1, 3, 7)
 
 
-def accuracy(model: Path, test: Path, threads: int) -> dict[str, Any]:
-    """`top1`, `class_recall` and the `confusion` matrix (rows: true class) on the test split.
+def answers(model: Path, test: Path, threads: int) -> list[str]:
+    """The class name that the model answers for each image of the test split, in the split's order.
 
     `StageError` if an output is not finite.
     """
     ready = session.open_session(model, threads)
     preprocessing, classes = session.description(ready)
-    confusion = np.zeros((len(classes), len(classes)), np.int64)
-    for images, labels in dataset.batches(test, preprocessing, classes, BATCH):
+    names: list[str] = []
+    for images in dataset.images(test, preprocessing, BATCH):
         outputs = session.logits(ready, images)
         if not np.isfinite(outputs).all():
             raise StageError(f"{model} answers with NaN or infinite logits on images of {test}")
-        np.add.at(confusion, (labels, outputs.argmax(1)), 1)
-    counts = confusion.sum(1)
-    recall = {name: float(confusion[i, i] / counts[i]) if counts[i] else None for i, name in enumerate(classes)}
-    return {"top1": float(confusion.trace() / counts.sum()), "class_recall": recall, "confusion": confusion.tolist()}
+        names += [classes[code] for code in outputs.argmax(1)]
+    return names
+
+
+def accuracy(actual: list[str], predicted: list[str], classes: tuple[str, ...]) -> dict[str, Any]:
+    """`top1`, `class_recall` and the `confusion` matrix (rows: true class); an answer outside `classes` is wrong."""
+    codes = {name: code for code, name in enumerate(classes)}
+    confusion = np.zeros((len(classes), len(classes)), np.int64)
+    for truth, answer in zip(actual, predicted, strict=True):
+        if answer in codes:
+            confusion[codes[truth], codes[answer]] += 1
+    counts = Counter(actual)
+    recall = {name: float(confusion[i, i] / counts[name]) if counts[name] else None for name, i in codes.items()}
+    return {"top1": float(confusion.trace() / len(actual)), "class_recall": recall, "confusion": confusion.tolist()}
+
+
+def golden(model: Path, test: Path, threads: int) -> dict[str, npt.NDArray[np.float32]]:
+    """Inputs and the logits they give, to be met again wherever the file is loaded: `<case>.input`, `<case>.output`.
+
+    The first images of the test split in batches of ODD sizes, and inputs far outside what images can be.
+    """
+    ready = session.open_session(model, threads)
+    preprocessing, _ = session.description(ready)
+    images = next(dataset.images(test, preprocessing, max(ODD)))
+    noise = np.random.default_rng(0).standard_normal((2, *preprocessing.shape), dtype=np.float32)
+    cases = {f"batch-{size}": images[:size] for size in ODD} | {
+        "zeros": np.zeros_like(noise),
+        "noise": noise,
+        "bright": np.full_like(noise, 1e3),
+        "dark": np.full_like(noise, -1e3),
+        "huge": noise * np.float32(1e37),
+        "tiny": noise * np.float32(1e-40),
+    }
+    outputs = {name: session.logits(ready, inputs) for name, inputs in cases.items()}
+    return {f"{name}.input": inputs for name, inputs in cases.items()} | {
+        f"{name}.output": output for name, output in outputs.items()
+    }
 
 
 def latencies(models: dict[str, Path], profile: config.Benchmark) -> dict[str, npt.NDArray[np.float64]]:
@@ -50,15 +85,17 @@ def latencies(models: dict[str, Path], profile: config.Benchmark) -> dict[str, n
     hold.
     """
     sessions = {name: session.open_session(path, profile.threads) for name, path in models.items()}
-    shape = next(iter(sessions.values())).get_inputs()[0].shape[1:]
-    image = np.random.default_rng(0).standard_normal((1, *shape), dtype=np.float32)
+    images = {
+        name: np.random.default_rng(0).standard_normal((1, *ready.get_inputs()[0].shape[1:]), dtype=np.float32)
+        for name, ready in sessions.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in track(range(-(-profile.warmup // TURN)), "warming up"):
-        for ready in sessions.values():
-            _turn(ready, image)
+        for name, ready in sessions.items():
+            _turn(ready, images[name])
     for _ in track(range(-(-profile.iterations // TURN)), "timing"):
         for name, ready in sessions.items():
-            times[name] += _turn(ready, image)
+            times[name] += _turn(ready, images[name])
     return {name: np.asarray(values[: profile.iterations]) for name, values in times.items()}
 
 
@@ -100,24 +137,35 @@ def weight(model: Path) -> dict[str, Any]:
     }
 
 
-def benchmark(models: dict[str, Path], test: Path, profile: config.Benchmark) -> dict[str, Any]:
-    """The whole report: for each stage its weight, accuracy, latency and what loading costs."""
-    times = latencies(models, profile)
-    stages: dict[str, Any] = {}
-    for name, model in models.items():
+def benchmark(
+    models: dict[str, Path], champion: Path | None, test: Path, profile: config.Benchmark, classes: tuple[str, ...]
+) -> tuple[dict[str, Any], list[list[str]]]:
+    """The whole report, for each stage and the champion its weight, accuracy, latency and what loading costs; and
+    the table of predictions: one row per test image with what the reduced model and the champion answered.
+    """
+    weighed = models | ({CHAMPION: champion} if champion else {})
+    times = latencies(weighed, profile)
+    actual, columns = dataset.columns(test, classes)
+    predicted: dict[str, list[str]] = {}
+    entries: dict[str, Any] = {}
+    for name, model in weighed.items():
         print(f"weighing {name}", flush=True)
-        stages[name] = {
-            **accuracy(model, test, profile.threads),
+        predicted[name] = answers(model, test, profile.threads)
+        entries[name] = {
+            **accuracy(actual, predicted[name], classes),
             **latency(times[name]),
             **probe(model, profile.threads, profile.memory_limit_bytes),
             **weight(model),
         }
-    return {
+    rows = zip(actual, predicted["reduce"], predicted.get(CHAMPION, [""] * len(actual)), *columns.values(), strict=True)
+    report = {
         "profile": profile.model_dump(),
         "machine": {"processor": processor(), "system": platform.system(), "onnxruntime": ort.__version__},
         "data_sha256": files.sha256(test),
-        "stages": stages,
+        "champion": entries.pop(CHAMPION, None),
+        "stages": entries,
     }
+    return report, [["actual", "predicted", CHAMPION, *columns], *map(list, rows)]
 
 
 def processor() -> str:
@@ -131,21 +179,12 @@ def processor() -> str:
 
 
 def write_tables(report: dict[str, Any]) -> None:
-    """The main numbers for `dvc metrics`, and the stages and the final model's predictions for `dvc plots`."""
+    """The main numbers of the stages for `dvc metrics` and `dvc plots`."""
     columns = ("top1", "size_bytes", "zst_bytes", "latency_p50_ms")
     stages = report["stages"]
     files.write_json(paths.METRICS, {name: {key: stage[key] for key in columns} for name, stage in stages.items()})
     rows = [[name, *(round(stage[key], 6) for key in columns)] for name, stage in stages.items()]
     _write_csv(paths.STAGES, [["stage", *columns], *rows])
-    final = stages["reduce"]
-    classes = list(final["class_recall"])
-    predictions = [
-        [actual, predicted]
-        for actual, counts in zip(classes, final["confusion"], strict=True)
-        for predicted, count in zip(classes, counts, strict=True)
-        for _ in range(count)
-    ]
-    _write_csv(paths.PREDICTIONS, [["actual", "predicted"], *predictions])
 
 
 def _write_csv(path: Path, rows: list[list[Any]]) -> None:
@@ -156,8 +195,14 @@ def _write_csv(path: Path, rows: list[list[Any]]) -> None:
 
 def main() -> None:
     params = config.load()
-    report = benchmark({name: paths.onnx(name) for name in WEIGHED}, paths.TEST, params.benchmark)
-    files.write_json(paths.report("benchmark"), report)
+    models = {name: paths.onnx(name) for name in WEIGHED}
+    champion = paths.CHAMPION_MODEL if paths.CHAMPION_MODEL.exists() else None
+    report, predictions = benchmark(models, champion, paths.TEST, params.benchmark, params.classes)
+    _write_csv(paths.PREDICTIONS, predictions)
+    with files.replacing(paths.GOLDEN) as (temporary,), temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **golden(models["reduce"], paths.TEST, params.benchmark.threads))
+    hashes = {"predictions_sha256": files.sha256(paths.PREDICTIONS), "golden_sha256": files.sha256(paths.GOLDEN)}
+    files.write_json(paths.report("benchmark"), report | hashes)
     write_tables(report)
     first, last = report["stages"]["finetune"], report["stages"]["reduce"]
     print(

@@ -4,15 +4,17 @@ Images are handled one at a time; what has to be known of all of them at once (w
 which split they go to) is kept in SQLite on disk, so memory does not grow with the number of images.
 """
 
+import csv
 import gzip
 import hashlib
 import io
 import sqlite3
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
@@ -28,6 +30,7 @@ from tasks.core.progress import track
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 SPLITS = ("train", "val", "test")
+METADATA = "metadata.csv"
 ROWS_PER_GROUP = 512
 BYTES_PER_GROUP = 8 * 2**20
 SOURCE_BATCH = 16
@@ -53,11 +56,12 @@ MANIFEST = pa.schema(
 
 
 class Item(NamedTuple):
-    """One labelled image as the source has it."""
+    """One labelled image as the source has it, with the values of the columns that the parameters name."""
 
     path: str
     label: str
     image: bytes
+    columns: Mapping[str, str | None] = MappingProxyType({})
 
 
 def examples(params: config.Ingest, classes: tuple[str, ...]) -> Iterator[Item]:
@@ -67,21 +71,43 @@ def examples(params: config.Ingest, classes: tuple[str, ...]) -> Iterator[Item]:
         raise StageError(f"{source} does not exist: set ingest.path in params.yaml to the {params.kind} source")
     match params.kind:
         case "folder":
-            return folder_examples(source)
+            return folder_examples(source, params.columns)
         case "idx":
+            if params.columns:
+                raise StageError(
+                    f"{source}: IDX files have no column {params.columns[0]!r}; take it out of ingest.columns"
+                )
             return idx_examples(source, classes)
         case "parquet":
-            return parquet_examples(source)
+            return parquet_examples(source, params.columns)
 
 
-def folder_examples(source: Path) -> Iterator[Item]:
-    """Images in class folders: `source/<class>/**/<image>`, sorted by path."""
+def folder_examples(source: Path, columns: tuple[str, ...] = ()) -> Iterator[Item]:
+    """Images in class folders: `source/<class>/**/<image>`, sorted by path; `columns` are those of metadata.csv."""
     if not source.is_dir():
         raise StageError(f"{source} is not a folder: ingest.kind folder needs one folder per class in it")
+    metadata = _metadata(source / METADATA, columns) if columns else {}
+    unknown = dict.fromkeys(columns)
     for folder in sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")):
         for path in sorted(folder.rglob("*")):
             if path.suffix.lower() in SUFFIXES and path.is_file():
-                yield Item(path.relative_to(source).as_posix(), folder.name, path.read_bytes())
+                name = path.relative_to(source).as_posix()
+                yield Item(name, folder.name, path.read_bytes(), metadata.get(name, unknown))
+
+
+def _metadata(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, str | None]]:
+    """The named columns of a CSV by its column `file_name`, which is relative to the CSV's folder."""
+    if not path.exists():
+        raise StageError(f"{path} does not exist, but ingest.columns names {columns[0]!r}: it needs file_name and that")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            missing = {"file_name", *columns} - set(rows.fieldnames or ())
+            if missing:
+                raise StageError(f"{path} has no column {min(missing)!r}; its columns are {rows.fieldnames}")
+            return {row["file_name"]: {name: row[name] or None for name in columns} for row in rows}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise StageError(f"{path} is not CSV in UTF-8: {error}") from None
 
 
 def idx_examples(source: Path, classes: tuple[str, ...]) -> Iterator[Item]:
@@ -140,8 +166,8 @@ def _read(file: IO[bytes], count: int, path: Path, exactly: bool = True) -> byte
     return data
 
 
-def parquet_examples(source: Path) -> Iterator[Item]:
-    """Rows of Parquet files (one, or all in a folder): column `label`, and `image` as bytes or as {bytes, path}."""
+def parquet_examples(source: Path, columns: tuple[str, ...] = ()) -> Iterator[Item]:
+    """Rows of Parquet files (one, or all in a folder): `label`, `image` as bytes or as {bytes, path}, and `columns`."""
     tables = sorted(source.glob("**/*.parquet")) if source.is_dir() else [source]
     if not tables:
         raise StageError(f"{source} has no .parquet file in it")
@@ -150,28 +176,31 @@ def parquet_examples(source: Path) -> Iterator[Item]:
             file = pq.ParquetFile(table)
         except pa.ArrowInvalid as error:
             raise StageError(f"{table} is not Parquet: {error}") from None
-        missing = {"image", "label"} - set(file.schema_arrow.names)
+        missing = {"image", "label", *columns} - set(file.schema_arrow.names)
         if missing:
-            raise StageError(f"{table} has no column {missing.pop()!r}; its columns are {file.schema_arrow.names}")
+            raise StageError(f"{table} has no column {min(missing)!r}; its columns are {file.schema_arrow.names}")
         kind = file.schema_arrow.field("image").type
         kind = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
         if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             raise StageError(f"{table}: column 'image' is {kind}; it has to be encoded bytes or {{bytes, path}}")
         name = table.relative_to(source).as_posix() if source.is_dir() else table.name
         row = 0
-        for batch in file.iter_batches(batch_size=SOURCE_BATCH, columns=["image", "label"]):
-            for image, label in zip(batch["image"].to_pylist(), batch["label"].to_pylist(), strict=True):
+        for batch in file.iter_batches(batch_size=SOURCE_BATCH, columns=["image", "label", *columns]):
+            for values in batch.to_pylist():
+                image = values["image"]
                 data = image["bytes"] if isinstance(image, dict) else image
-                yield Item(f"{name}#{row}", str(label), data or b"")
+                more = {column: None if values[column] is None else str(values[column]) for column in columns}
+                yield Item(f"{name}#{row}", str(values["label"]), data or b"", more)
                 row += 1
 
 
 class Table:
     """A Parquet file, written group by group: so many rows, or fewer if their images are large."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self.writer = pq.ParquetWriter(path, schema, compression="zstd" if schema is MANIFEST else "none")
-        self.schema, self.size = schema, 0
+    def __init__(self, path: Path, fields: pa.Schema, columns: tuple[str, ...] = ()) -> None:
+        self.schema = pa.schema([*fields, *((name, pa.string()) for name in columns)])
+        self.writer = pq.ParquetWriter(path, self.schema, compression="zstd" if fields is MANIFEST else "none")
+        self.size = 0
         self.rows: list[dict[str, Any]] = []
 
     def __enter__(self) -> Self:
@@ -198,6 +227,7 @@ def describe(item: Item) -> dict[str, Any]:
     """The manifest row of one image, all but its split; an image that cannot be decoded has a `reason`."""
     row: dict[str, Any] = dict.fromkeys(MANIFEST.names)
     row.update(path=item.path, label=item.label, bytes=len(item.image), readable=False)
+    row.update(item.columns)
     row["sha256"] = hashlib.sha256(item.image).hexdigest()
     try:
         with Image.open(io.BytesIO(item.image), formats=FORMATS) as opened:
@@ -255,7 +285,7 @@ def ingest(params: config.Ingest, classes: tuple[str, ...], outputs: dict[str, P
         database.execute("PRAGMA synchronous = OFF")
         database.execute("CREATE TABLE image (id INTEGER PRIMARY KEY, label TEXT, pixels TEXT, split TEXT)")
         described = Path(scratch) / "described.parquet"
-        with Table(described, MANIFEST) as table:
+        with Table(described, MANIFEST, params.columns) as table:
             _describe_all(params, classes, database, table)
         _check(database, params)
         assign_splits(database, params.split, params.seed)
@@ -308,8 +338,8 @@ def _write_splits(
     splits = database.execute("SELECT split FROM image ORDER BY id")
     batches = pq.ParquetFile(described).iter_batches(ROWS_PER_GROUP)
     with ExitStack() as opened:
-        tables = {name: opened.enter_context(Table(path, IMAGES)) for name, path in outputs.items() if name in SPLITS}
-        manifest = opened.enter_context(Table(outputs["manifest"], MANIFEST))
+        tables = {name: opened.enter_context(Table(outputs[name], IMAGES, params.columns)) for name in SPLITS}
+        manifest = opened.enter_context(Table(outputs["manifest"], MANIFEST, params.columns))
         for row in track((row for batch in batches for row in batch.to_pylist()), "writing splits"):
             item = next(items, None)
             if item is None or hashlib.sha256(item.image).hexdigest() != row["sha256"]:
@@ -318,20 +348,27 @@ def _write_splits(
             counts[row["split"] or "corrupt"] += 1
             manifest.add(row)
             if row["split"]:
-                kept = {name: row[name] for name in ("label", "path", "sha256")}
+                kept = {name: row[name] for name in ("label", "path", "sha256", *params.columns)}
                 tables[row["split"]].add({"image": item.image, **kept}, size=len(item.image))
     return counts
 
 
+def sources(source: Path) -> dict[str, str]:
+    """SHA-256 of every file of the source by its path from here; DVC takes the same files for the dependency."""
+    found = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    return {path.as_posix(): files.sha256(path) for path in track(found, "hashing sources")}
+
+
 def main() -> None:
     params = config.load()
-    targets = (paths.TRAIN, paths.VAL, paths.TEST, paths.MANIFEST)
-    with files.replacing(*targets) as temporary:
+    targets = (paths.TRAIN, paths.VAL, paths.TEST, paths.MANIFEST, paths.SOURCES)
+    with files.replacing(*targets) as (*temporary, listing):
         outputs = dict(zip((*SPLITS, "manifest"), temporary, strict=True))
         try:
             counts = ingest(params.ingest, params.classes, outputs)
         except sqlite3.OperationalError as error:
             raise StageError(f"{tempfile.gettempdir()} cannot hold the index of the images: {error}") from None
+        files.write_json(listing, sources(Path(params.ingest.path)))
     if counts["corrupt"]:
         print(f"ingest: unreadable images are set aside, with their reasons, in {paths.MANIFEST}")
     print("ingest: " + ", ".join(f"{count} {name}" for name, count in counts.items()))

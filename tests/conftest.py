@@ -60,10 +60,13 @@ def png(seed: int, size: int = 32) -> bytes:
     return stream.getvalue()
 
 
-def write_split(path: Path, images: list[bytes], classes: tuple[str, ...] = CLASSES) -> None:
+def write_split(
+    path: Path, images: list[bytes], classes: tuple[str, ...] = CLASSES, columns: dict[str, list[str]] | None = None
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     labels = [classes[index % len(classes)] for index in range(len(images))]
-    pq.write_table(pa.table({"image": pa.array(images, pa.binary()), "label": pa.array(labels, pa.string())}), path)
+    fixed = {"image": pa.array(images, pa.binary()), "label": pa.array(labels, pa.string())}
+    pq.write_table(pa.table(fixed | (columns or {})), path)
 
 
 @torch.no_grad()

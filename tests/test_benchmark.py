@@ -1,7 +1,9 @@
 """benchmark: every number that a device's owner asks for, right, and sentences for models that do not make it."""
 
 import csv
+import io
 import json
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,10 @@ import zstandard
 from conftest import CLASSES, Network, Repository, png, write_split
 from onnx import numpy_helper
 
-from tasks.benchmark import accuracy, benchmark, latencies, latency, weight
+from tasks.benchmark import accuracy, answers, benchmark, golden, latencies, latency, weight
 from tasks.core import config, dataset, files, graph, session
 from tasks.core.errors import StageError
-from tasks.core.probe import probe
+from tasks.core.probe import meet, probe
 from tasks.reduce import reduce
 
 Networks = Callable[[str], Network]
@@ -49,7 +51,8 @@ def test_split(tmp_path: Path) -> Path:
 
 def test_the_report_has_every_field_of_every_stage(networks: Networks, test_split: Path, tmp_path: Path) -> None:
     made = models(networks, tmp_path)
-    report = benchmark(made, test_split, PROFILE)
+    report, _ = benchmark(made, None, test_split, PROFILE, CLASSES)
+    assert report["champion"] is None
     json.dumps(report, allow_nan=False)
     assert report["profile"] == PROFILE.model_dump()
     assert set(report["machine"]) == {"processor", "system", "onnxruntime"}
@@ -70,9 +73,11 @@ def test_the_report_has_every_field_of_every_stage(networks: Networks, test_spli
 
 def test_accuracy_is_that_of_numpy(networks: Networks, test_split: Path) -> None:
     network = networks("lenet-5")
-    found = accuracy(network.path, test_split, threads=1)
+    named = answers(network.path, test_split, threads=1)
+    found = accuracy([CLASSES[index % 4] for index in range(130)], named, CLASSES)
     images = np.stack([dataset.tensor(png(seed, 28), network.preprocessing) for seed in range(130)])
     predicted = session.logits(session.open_session(network.path, 1), images).argmax(1)
+    assert named == [CLASSES[code] for code in predicted]
     labels = np.arange(130) % 4
     confusion = [[int(((labels == row) & (predicted == column)).sum()) for column in range(4)] for row in range(4)]
     assert found["confusion"] == confusion
@@ -81,11 +86,16 @@ def test_accuracy_is_that_of_numpy(networks: Networks, test_split: Path) -> None
     assert found["class_recall"] == {name: (predicted[labels == row] == row).mean() for row, name in enumerate(CLASSES)}
 
 
-def test_a_class_without_images_has_no_recall(networks: Networks, tmp_path: Path) -> None:
-    write_split(tmp_path / "test.parquet", [png(seed, 28) for seed in range(6)], classes=CLASSES[:3])
-    recall = accuracy(networks("lenet-5").path, tmp_path / "test.parquet", 1)["class_recall"]
-    assert recall["fox"] is None
-    assert None not in [recall[name] for name in CLASSES[:3]]
+def test_a_class_without_images_has_no_recall() -> None:
+    recall = accuracy(["cat", "dog", "owl"] * 2, ["cat", "dog", "cat", "cat", "cat", "fox"], CLASSES)["class_recall"]
+    assert recall == {"cat": 1.0, "dog": 0.5, "owl": 0.0, "fox": None}
+
+
+def test_an_answer_that_is_no_class_is_wrong() -> None:
+    found = accuracy(["cat", "cat", "dog", "fox"], ["cat", "emu", "emu", "fox"], CLASSES)
+    assert found["top1"] == 0.5
+    assert found["class_recall"] == {"cat": 0.5, "dog": 0.0, "owl": None, "fox": 1.0}
+    assert np.sum(found["confusion"]) == 2
 
 
 def test_weight_counts_bytes_parameters_and_operators(networks: Networks, tmp_path: Path) -> None:
@@ -136,7 +146,7 @@ def test_logits_that_are_not_finite_are_refused(
     with pytest.raises(
         StageError, match=r"model\.onnx answers with NaN or infinite logits on images of .*test\.parquet"
     ):
-        accuracy(path, test_split, threads=1)
+        answers(path, test_split, threads=1)
 
 
 @pytest.mark.parametrize("content", [b"", b"no model"])
@@ -155,7 +165,7 @@ def test_a_model_without_preprocessing_is_refused(networks: Networks, test_split
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(StageError, match="has no preprocessing in its metadata"):
-        accuracy(tmp_path / "model.onnx", test_split, threads=1)
+        answers(tmp_path / "model.onnx", test_split, threads=1)
 
 
 def test_a_device_with_too_little_memory_is_told(networks: Networks) -> None:
@@ -174,6 +184,210 @@ def test_memory_is_that_of_the_model_and_not_of_who_asks(networks: Networks) -> 
     small, large = (probe(networks(name).path, 1, None)["peak_rss_bytes"] for name in ("mlp", "resnet18"))
     assert small < ballast.nbytes / 4
     assert large > small + networks("resnet18").path.stat().st_size
+
+
+# The champion
+
+
+def renamed(network: Network, path: Path, classes: tuple[str, ...], order: tuple[int, ...] = ()) -> Path:
+    """The network with other names for its outputs and, if its last node is a Gemm, with those in another order."""
+    model = onnx.load(network.path)
+    made = graph.initializers(model)
+    for name in model.graph.node[-1].input[1:] if order else ():
+        values = numpy_helper.to_array(made[name])
+        shuffled = np.ascontiguousarray(values.take(order, values.shape.index(4)))
+        made[name].CopyFrom(numpy_helper.from_array(shuffled, name))
+    for entry in model.metadata_props:
+        if entry.key == "weighin":
+            entry.value = json.dumps(json.loads(entry.value) | {"classes": list(classes)})
+    onnx.save(model, path)
+    return path
+
+
+def column(table: list[list[str]], name: str) -> list[str]:
+    return [row[table[0].index(name)] for row in table[1:]]
+
+
+def test_a_champion_with_its_classes_in_another_order_answers_the_same(
+    networks: Networks, test_split: Path, tmp_path: Path
+) -> None:
+    made, network = models(networks, tmp_path), networks("lenet-5")
+    order = (2, 0, 3, 1)
+    champion = renamed(network, tmp_path / "champion.onnx", tuple(CLASSES[code] for code in order), order)
+    report, table = benchmark(made, champion, test_split, PROFILE, CLASSES)
+    assert list(report["stages"]) == list(made)
+    assert set(report["champion"]) == FIELDS
+    assert report["champion"]["sha256"] == files.sha256(champion)
+    first = report["stages"]["finetune"]
+    assert report["champion"]["confusion"] == first["confusion"]
+    assert (report["champion"]["top1"], report["champion"]["class_recall"]) == (first["top1"], first["class_recall"])
+    assert table[0] == ["actual", "predicted", "champion"]
+    assert column(table, "actual") == [CLASSES[index % 4] for index in range(130)]
+    assert column(table, "champion") == answers(network.path, test_split, 1)
+    assert column(table, "predicted") == answers(made["reduce"], test_split, 1)
+
+
+def test_a_champion_with_another_input_and_another_class(networks: Networks, test_split: Path, tmp_path: Path) -> None:
+    """mobilenetv2 takes 32 pixels and colours, and what it calls emu is no class any more."""
+    known = ("cat", "emu", "owl", "fox")
+    champion = renamed(networks("mobilenetv2_050"), tmp_path / "champion.onnx", known)
+    report, table = benchmark(models(networks, tmp_path), champion, test_split, PROFILE, CLASSES)
+    said = column(table, "champion")
+    right = [actual == answer for actual, answer in zip(column(table, "actual"), said, strict=True)]
+    assert set(said) <= set(known)
+    assert "emu" in said
+    assert report["champion"]["top1"] == np.mean(right)
+    assert report["champion"]["class_recall"]["dog"] == 0
+    assert np.sum(report["champion"]["confusion"]) == 130 - said.count("emu")
+
+
+def test_the_table_carries_the_columns_of_the_split(networks: Networks, tmp_path: Path) -> None:
+    path = tmp_path / "test.parquet"
+    write_split(
+        path, [png(seed, 28) for seed in range(4)], columns={"device": ["a", "b", "", "a,b"], "site": ["x"] * 4}
+    )
+    _, table = benchmark(models(networks, tmp_path), None, path, PROFILE, CLASSES)
+    assert table[0] == ["actual", "predicted", "champion", "device", "site"]
+    assert [column(table, name) for name in ("champion", "device", "site")] == [
+        [""] * 4, ["a", "b", "", "a,b"], ["x"] * 4
+    ]  # fmt: skip
+
+
+# Golden inputs and outputs
+
+INT32 = onnx.TensorProto.INT32
+CASES = {"batch-1": 1, "batch-3": 3, "batch-7": 7, "zeros": 2, "noise": 2, "bright": 2, "dark": 2, "huge": 2, "tiny": 2}
+
+MET = {"difference": 0.0, "same_top1": True, "repeatable": True}
+
+
+def recorded(model: Path, test: Path, path: Path, **changes: np.ndarray[Any, Any]) -> Path:
+    np.savez_compressed(path, **{**golden(model, test, 1), **changes})  # type: ignore[arg-type]
+    return path
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet-5", "mobilenetv2_050", "resnet18"])
+def test_golden_outputs_are_finite_and_met_in_a_fresh_process(networks: Networks, tmp_path: Path, name: str) -> None:
+    """Inputs far outside what images can be saturate an int8 model and do not break it."""
+    network, model = networks(name), tmp_path / "model.onnx"
+    onnx.save(reduce(network.quantized)[0], model)
+    write_split(tmp_path / "test.parquet", [png(seed) for seed in range(9)])
+    found = golden(model, tmp_path / "test.parquet", 1)
+    assert {name: len(found[f"{name}.input"]) for name in CASES} == CASES
+    assert len(found) == 2 * len(CASES)
+    assert all(values.dtype == np.float32 and np.isfinite(values).all() for values in found.values())
+    assert all(found[f"{name}.output"].shape == (size, 4) for name, size in CASES.items())
+    first = np.stack([dataset.tensor(png(seed), network.preprocessing) for seed in range(7)])
+    assert np.array_equal(found["batch-7.input"], first)
+    assert np.array_equal(found["batch-3.input"], first[:3])
+    assert np.abs(found["huge.input"]).max() > 1e37
+    assert 0 < np.abs(found["tiny.input"]).max() < np.finfo(np.float32).tiny
+    met = meet(recorded(model, tmp_path / "test.parquet", tmp_path / "golden.npz"), model, 1, None)
+    assert met == dict.fromkeys(CASES, MET)
+
+
+@pytest.fixture
+def recording(networks: Networks, test_split: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A reduced model and its golden file."""
+    model = models(networks, tmp_path)["reduce"]
+    return model, recorded(model, test_split, tmp_path / "golden.npz")
+
+
+def test_a_model_with_one_changed_weight_does_not_meet(recording: tuple[Path, Path], tmp_path: Path) -> None:
+    path, outputs = recording
+    model = onnx.load(path)
+    bias = next(one for one in graph.initializers(model).values() if (one.data_type, *one.dims) == (INT32, 4))
+    values = numpy_helper.to_array(bias).copy()
+    values[2] += 100_000
+    bias.CopyFrom(numpy_helper.from_array(values, bias.name))
+    onnx.save(model, tmp_path / "changed.onnx")
+    met = meet(outputs, tmp_path / "changed.onnx", 1, None)
+    assert set(met) == set(CASES)
+    assert min(case["difference"] for case in met.values()) > 0.01
+    assert all(case["repeatable"] for case in met.values())
+
+
+def test_another_output_is_told_by_its_case(recording: tuple[Path, Path], test_split: Path, tmp_path: Path) -> None:
+    model, _ = recording
+    outputs = golden(model, test_split, 1)
+    near = outputs["noise.output"].copy()
+    near[1, near[1].argmin()] -= 0.25
+    other = outputs["zeros.output"][:, ::-1].copy()
+    nan = outputs["dark.output"].copy()
+    nan[0, 0] = np.nan
+    changes = {"noise.output": near, "zeros.output": other, "dark.output": nan}
+    met = meet(recorded(model, test_split, tmp_path / "other.npz", **changes), model, 1, None)
+    assert met["noise"] == {"difference": pytest.approx(0.25), "same_top1": True, "repeatable": True}
+    assert met["zeros"]["same_top1"] is False
+    assert met["dark"]["difference"] is None
+    assert met["huge"] == MET
+
+
+def test_a_model_that_differs_from_run_to_run_is_told(recording: tuple[Path, Path], tmp_path: Path) -> None:
+    _, outputs = recording
+    with np.load(outputs) as arrays:
+        shape = [None, *arrays["zeros.input"].shape[1:]]
+    noise = onnx.helper.make_node("RandomUniformLike", ["flat"], ["out"], low=0.0, high=1.0)
+    flat = onnx.helper.make_node("Flatten", ["in"], ["flat"])
+    starts, ends, axes = (onnx.helper.make_tensor(n, 7, [1], [v]) for n, v in (("from", 0), ("to", 4), ("axis", 1)))
+    cut = onnx.helper.make_node("Slice", ["out", "from", "to", "axis"], ["logits"])
+    made = onnx.helper.make_graph(
+        [flat, noise, cut],
+        "random",
+        [onnx.helper.make_tensor_value_info("in", 1, shape)],
+        [onnx.helper.make_tensor_value_info("logits", 1, [None, 4])],
+        [starts, ends, axes],
+    )
+    model = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "random.onnx")
+    met = meet(outputs, tmp_path / "random.onnx", 1, None)
+    assert not any(case["repeatable"] for case in met.values())
+
+
+def damaged(outputs: Path, path: Path, damage: str) -> Path:
+    data = outputs.read_bytes()
+    match damage:
+        case "empty":
+            data = b""
+        case "no archive":
+            data = b"no archive at all"
+        case "cut":
+            data = data[: len(data) // 2]
+        case "a changed byte":
+            middle = len(data) // 2
+            data = data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :]
+        case "an input without its output":
+            with np.load(outputs) as arrays:
+                kept = {name: arrays[name] for name in arrays.files if name != "noise.output"}
+            stream = io.BytesIO()
+            np.savez_compressed(stream, **kept)
+            data = stream.getvalue()
+        case "pickled objects":
+            stream = io.BytesIO()
+            np.savez_compressed(stream, **{"a.input": np.array([{}]), "a.output": np.array([{}])})  # type: ignore[arg-type]
+            data = stream.getvalue()
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "damage", ["empty", "no archive", "cut", "a changed byte", "an input without its output", "pickled objects"]
+)
+def test_damaged_golden_outputs_are_a_sentence(recording: tuple[Path, Path], tmp_path: Path, damage: str) -> None:
+    model, outputs = recording
+    with pytest.raises(StageError, match=r"reduce\.onnx does not load and run in a clean process: .+") as caught:
+        meet(damaged(outputs, tmp_path / "damaged.npz", damage), model, 1, None)
+    assert "\n" not in str(caught.value)
+
+
+def test_golden_outputs_are_met_within_the_memory_of_the_device(
+    networks: Networks, test_split: Path, tmp_path: Path
+) -> None:
+    limit = 150_000_000
+    small, large = networks("lenet-5").path, networks("resnet18").path
+    assert meet(recorded(small, test_split, tmp_path / "small.npz"), small, 1, limit).keys() == CASES.keys()
+    with pytest.raises(StageError, match=r"resnet18\.onnx does not load and run .* within 150,000,000 bytes: "):
+        meet(recorded(large, test_split, tmp_path / "large.npz"), large, 1, limit)
 
 
 def prepared(repository: Repository, made: dict[str, Path]) -> None:
@@ -203,6 +417,50 @@ def test_the_stage_leaves_report_and_tables(repository: Repository, networks: Ne
     )
     confusion = report["stages"]["reduce"]["confusion"]
     assert [[predictions[actual, predicted] for predicted in CLASSES] for actual in CLASSES] == confusion
+    assert report["champion"] is None
+    for name in ("predictions.csv", "golden.npz"):
+        assert report[f"{name.split('.')[0]}_sha256"] == files.sha256(repository.root / "data/reports" / name)
+    model, outputs = repository.model("reduce"), repository.root / "data/reports/golden.npz"
+    met = meet(outputs, model, 1, None)
+    assert met == dict.fromkeys(CASES, MET)
+
+
+def test_the_champion_that_lies_there_is_weighed_and_the_tables_are_those_of_the_stages(
+    repository: Repository, networks: Networks, tmp_path: Path
+) -> None:
+    """Made twice, what is not a matter of time is the same to the byte; the archive holds no time of day."""
+    made = models(networks, tmp_path)
+    prepared(repository, made)
+    champion = repository.root / "data/champion/model.onnx"
+    champion.parent.mkdir()
+    champion.write_bytes(made["quantize"].read_bytes())
+    reports, found = repository.root / "data/reports", []
+    for _ in range(2):
+        done = repository.run("benchmark")
+        assert done.returncode == 0, done.stderr
+        found.append([(reports / name).read_bytes() for name in ("golden.npz", "predictions.csv")])
+    assert found[0] == found[1]
+    with zipfile.ZipFile(reports / "golden.npz") as archive:
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        assert {Path(name).stem for name in archive.namelist()} == {
+            f"{case}.{part}" for case in CASES for part in ("input", "output")
+        }
+    report = json.loads(repository.report("benchmark").read_text())
+    assert report["champion"]["sha256"] == files.sha256(champion)
+    table = rows(reports / "predictions.csv")
+    assert len(table) == 30
+    right = [row["champion"] == row["actual"] for row in table]
+    assert report["champion"]["top1"] == np.mean(right)
+    assert [row["stage"] for row in rows(reports / "stages.csv")] == list(made)
+    assert list(json.loads((reports / "metrics.json").read_text())) == list(made)
+
+
+def test_a_champion_that_does_not_load_is_an_error(repository: Repository, networks: Networks, tmp_path: Path) -> None:
+    prepared(repository, models(networks, tmp_path))
+    champion = repository.root / "data/champion/model.onnx"
+    champion.parent.mkdir()
+    champion.write_bytes(b"no model")
+    assert "data/champion/model.onnx does not load in ONNX Runtime" in repository.sentence("benchmark")
 
 
 def test_the_stage_refuses_nan_without_a_report(repository: Repository, networks: Networks, tmp_path: Path) -> None:

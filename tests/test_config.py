@@ -78,7 +78,9 @@ gate:
   max_size_bytes: 1348000
   max_latency_ratio: 0.25
   max_latency_ms: null
-  min_class_recall: 0.6
+  champion: {margin: 0.01, trade: {margin: 0.02, min_times_smaller: 2}}
+  slices:
+    label: {min_top1: 0.6}
 """
 
 
@@ -147,6 +149,45 @@ def test_values_are_those_of_the_file(tmp_path: Path) -> None:
             "source: none, path: a",
             "finetune.weights: path goes with source: file, and only",
         ),
+        (
+            "  seed: 0\n\nvalidate",
+            "  seed: 0\n  columns: [label]\n\nvalidate",
+            "ingest.columns: label is a column already",
+        ),
+        *(
+            (
+                "  seed: 0\n\nvalidate",
+                f"  seed: 0\n  columns: [site, {name}]\n\nvalidate",
+                f"columns: {name} is a column",
+            )
+            for name in ("path", "image", "split", "predicted", "actual", "champion", "reason", "site", "sha256")
+        ),
+        ("  seed: 0\n\nvalidate", "  seed: 0\n  columns: ['']\n\nvalidate", "ingest.columns.0: String should have at"),
+        (
+            "    label: {min",
+            "    device: {min",
+            "gate.slices has the column 'device', which is neither label nor in ingest.columns",
+        ),
+        ("{min_top1: 0.6}", "{min_top1: 1.6}", "gate.slices.label.min_top1: Input should be less than or equal to 1"),
+        ("{min_top1: 0.6}", "{min_recall: 0.6, min_top1: 0.6}", "gate.slices.label.min_recall is not a parameter"),
+        ("{min_top1: 0.6}", "{min_count: 0, min_top1: 0.6}", "gate.slices.label.min_count: Input should be greater"),
+        (
+            ", min_times_smaller: 2",
+            "",
+            "gate.champion.trade: min_times_smaller or min_times_faster must be above 1: else nothing is had in return",
+        ),
+        ("min_times_smaller: 2", "min_times_smaller: 1, min_times_faster: 1.0", "must be above 1: else nothing is had"),
+        ("min_times_smaller: 2", "min_times_smaller: 0.5", "trade.min_times_smaller: Input should be greater than or"),
+        ("{margin: 0.01, ", "{", "gate.champion.margin is missing"),
+        ("{margin: 0.01, ", "{margin: -0.01, ", "gate.champion.margin: Input should be greater than or equal to 0"),
+        ("{margin: 0.01, ", "{margin: 0.01, confidence: 1, ", "gate.champion.confidence: Input should be less than 1"),
+        (
+            "{margin: 0.01, ",
+            "{margin: 0.01, confidence: 0.5, ",
+            "gate.champion.confidence: Input should be greater than",
+        ),
+        ("  slices:\n    label: {min_top1: 0.6}\n", "", "gate.slices is missing"),
+        ("gate:\n", "gate:\n  max_golden_difference: -1\n", "gate.max_golden_difference: Input should be greater"),
         ("weights: null", "weights: {}", "prune.weights: give threshold or sparsity, one of the two"),
         ("weights: null", "weights: {threshold: 0.1, sparsity: 0.1}", "prune.weights: give threshold or sparsity"),
         ("    seed: 0\n\nprune", "    seed: 0\n    seed: 1\n\nprune", ' is not YAML: found duplicate key "seed"'),
@@ -181,6 +222,38 @@ def test_a_yaml_error_names_its_line(tmp_path: Path) -> None:
 
 def test_a_missing_file(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none.yaml") == " does not exist: give a parameter file, such as params.yaml"
+
+
+def test_slices_by_columns_that_ingest_carries(tmp_path: Path) -> None:
+    path = changed(tmp_path, "  seed: 0\n\nvalidate", "  seed: 0\n  columns: [site, device]\n\nvalidate")
+    path.write_text(path.read_text() + "    device: {min_top1: 0.5, max_regression: 0.1}\n")
+    params = config.load(path)
+    assert params.ingest.columns == ("site", "device")
+    assert list(params.gate.slices) == ["label", "device"]
+    assert params.gate.slices["label"] == config.Slice(min_count=30, min_top1=0.6, max_regression=None)
+    shown = {name: (value, bounds) for name, value, bounds, _ in config.explained(params)}
+    assert shown["gate.slices.device.min_top1"] == ("0.5", ">= 0, <= 1")
+    assert shown["gate.slices.label.max_regression"] == ("null", ">= 0, <= 1")
+    assert shown["ingest.columns"][0] == "site, device"
+
+
+def test_what_the_gate_does_if_it_is_not_told(tmp_path: Path) -> None:
+    """Nothing goes without a champion, no trade is made, and golden outputs are met closely."""
+    gate = config.load(changed(tmp_path, ", trade: {margin: 0.02, min_times_smaller: 2}", "")).gate
+    assert (gate.bootstrap, gate.champion.trade, gate.champion.confidence) == (False, None, 0.95)
+    assert gate.max_golden_difference == 0.001
+
+
+@pytest.mark.parametrize("gain", ["min_times_smaller: 1.01", "min_times_faster: 1.01"])
+def test_a_trade_gains_size_or_speed(tmp_path: Path, gain: str) -> None:
+    trade = config.load(changed(tmp_path, "min_times_smaller: 2", gain)).gate.champion.trade
+    assert trade is not None
+    assert sorted([trade.min_times_smaller, trade.min_times_faster]) == [1, 1.01]
+
+
+@pytest.mark.parametrize("recipe", sorted((SHIPPED.parent / "data/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_load(recipe: Path) -> None:
+    assert "label" in config.load(recipe).gate.slices
 
 
 @pytest.mark.parametrize("number", ["1e-3", "1E-3", "1.0e-3", "0.001", ".001"])

@@ -1,6 +1,7 @@
 """dataset: what a network sees of an image, against computation by hand."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,25 +112,66 @@ def test_batches_are_the_split_in_order(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.concatenate([batch for batch, _ in found])[:, 0, 0, 0] * 255, range(5), atol=1e-4)
 
 
-def test_a_label_that_is_no_class(tmp_path: Path) -> None:
+def test_images_are_those_of_the_batches_whatever_their_labels(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "val.parquet", ["a", "z", "b", "a", "b"])
+    found = list(dataset.images(path, GREY, size=2))
+    assert [(batch.shape, batch.dtype.name) for batch in found] == [
+        ((2, 1, 8, 8), "float32"),
+        ((2, 1, 8, 8), "float32"),
+        ((1, 1, 8, 8), "float32"),
+    ]
+    labelled = list(dataset.batches(path, GREY, ("a", "b", "z"), size=2))
+    assert all(np.array_equal(one, other) for one, (other, _) in zip(found, labelled, strict=True))
+
+
+def test_columns_are_labels_and_what_ingest_carried(tmp_path: Path) -> None:
+    path = tmp_path / "test.parquet"
+    content = {"image": [b""] * 3, "label": ["b", "a", "b"], "path": ["x"] * 3, "sha256": ["0"] * 3}
+    pq.write_table(pa.table(content), path)
+    assert dataset.columns(path, ("a", "b")) == (["b", "a", "b"], {})
+    pq.write_table(pa.table(content | {"site": ["s", None, ""], "device": ["1", "2", "3"]}), path)
+    labels, columns = dataset.columns(path, ("a", "b"))
+    assert (labels, list(columns.items())) == (
+        ["b", "a", "b"],
+        [("site", ["s", "", ""]), ("device", ["1", "2", "3"])],
+    )
+
+
+@pytest.mark.parametrize("read", [dataset.read, dataset.columns])
+def test_a_label_that_is_no_class(tmp_path: Path, read: Callable[[Path, tuple[str, ...]], object]) -> None:
     path = parquet(tmp_path / "train.parquet", ["a", "z", "y"])
     with pytest.raises(StageError) as caught:
-        dataset.read(path, ("a", "b"))
+        read(path, ("a", "b"))
     assert str(caught.value) == f"{path} has the label 'y', which classes in params.yaml does not list"
 
 
-@pytest.mark.parametrize("damage", ["no parquet", "no column"])
-def test_a_split_that_is_damaged(tmp_path: Path, damage: str) -> None:
+READERS: list[Callable[[Path], object]] = [
+    lambda path: dataset.read(path, ("a", "b")),
+    lambda path: dataset.columns(path, ("a", "b")),
+    lambda path: next(dataset.images(path, GREY, 2)),
+]
+
+
+@pytest.mark.parametrize("read", READERS, ids=["read", "columns", "images"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, ".+"),
+        ({"image": [b""]}, "it has no column 'label'"),
+        ({"label": ["a"]}, "it has no column 'image'"),
+    ],
+)
+def test_a_split_that_is_damaged(
+    tmp_path: Path, content: dict[str, list[Any]] | None, says: str, read: Callable[[Path], object]
+) -> None:
     path = tmp_path / "train.parquet"
-    if damage == "no parquet":
-        path.write_bytes(b"not parquet at all")
-    else:
-        pq.write_table(pa.table({"image": [b""]}), path)
-    with pytest.raises(StageError, match=r"train\.parquet does not hold prepared images \(.+\)$"):
-        dataset.read(path, ("a", "b"))
+    path.write_bytes(b"not parquet at all") if content is None else pq.write_table(pa.table(content), path)
+    with pytest.raises(StageError, match=rf"train\.parquet does not hold prepared images \({says}\)$"):
+        read(path)
 
 
-def test_a_split_that_is_missing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", READERS, ids=["read", "columns", "images"])
+def test_a_split_that_is_missing(tmp_path: Path, read: Callable[[Path], object]) -> None:
     with pytest.raises(FileNotFoundError) as caught:
-        dataset.read(tmp_path / "train.parquet", ("a", "b"))
+        read(tmp_path / "train.parquet")
     assert Path(str(caught.value.filename)) == tmp_path / "train.parquet"

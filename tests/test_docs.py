@@ -1,5 +1,6 @@
 """The documents are in step with the code: commands, options, targets, recipes and parameters that they name exist."""
 
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typer.main import get_command
 from flows.cli import app
 from tasks import STAGES
 from tasks.core import config
+from tasks.core.registry import Decision
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,7 +26,7 @@ def test_readme_names_every_command_and_no_other() -> None:
 
 
 def test_readme_uses_options_that_exist() -> None:
-    for command, rest in re.findall(r"weighin ([a-z]+)((?: +[^\n`|]+)?)", README):
+    for command, rest in re.findall(r"weighin ([a-z]+)((?: +[^\n`|#]+)?)", README):
         known = {option for parameter in COMMANDS[command].params for option in parameter.opts}
         assert set(re.findall(r"(--[a-z-]+)", rest)) <= known, (command, rest)
 
@@ -83,8 +85,14 @@ def test_help_teaches(command: list[str]) -> None:
         [str(Path(sys.executable).parent / "weighin"), *command, "--help"], capture_output=True, text=True, check=True
     )
     assert "Usage: weighin" in done.stdout
-    if command in (["run"], ["schedule"]):
+    if command in (["run"], ["schedule"], ["rollback"], ["audit"], ["reproduce"], ["lineage"]):
         assert "Example" in done.stdout
+
+
+def test_the_published_schema_is_that_of_the_decisions() -> None:
+    """`python -c 'from tasks.core.registry import *; print(json.dumps(Decision.model_json_schema(), indent=2))'`."""
+    published = json.loads((ROOT / "deploy/decision.schema.json").read_text())
+    assert published == Decision.model_json_schema()
 
 
 def test_pins_have_no_addresses() -> None:

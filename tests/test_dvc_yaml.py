@@ -34,12 +34,20 @@ def imports(path: Path) -> set[Path]:
     return found
 
 
+# The gate's verdict names the SHA-256 of all code and of params.yaml, so it depends on them whole.
+WHOLE = {"gate": ["tasks", str(paths.PARAMS)]}
+# The version in production is no stage's output: the flow lays it there before these two.
+FACE_THE_CHAMPION = ("benchmark", "gate")
+
+
 def test_stages_are_the_same_list_in_the_same_order_everywhere() -> None:
     assert tuple(PIPELINE["stages"]) == STAGES
     flow = (ROOT / "flows" / "retrain.py").read_text()
     assert tuple(re.findall(r'^(\w+) = stage\("\1"\)$', flow, re.M)) == STAGES
     body = flow.split("def retrain")[1].split("\ndef ")[0]
-    assert tuple(name for name in re.findall(r"^ +(\w+)\(\)$", body, re.M) if name in STAGES) == STAGES
+    calls = re.findall(r"^ +(?:return )?(\w+)\((?:\w*)\)$", body, re.M)
+    assert tuple(name for name in calls if name in STAGES) == STAGES
+    assert calls[-4:] == ["champion", "benchmark", "gate", "decide"]
     assert {path.stem for path in (ROOT / "tasks").glob("*.py")} - {"__init__"} == set(STAGES)
 
 
@@ -47,13 +55,20 @@ def test_stages_are_the_same_list_in_the_same_order_everywhere() -> None:
 def test_a_stage_runs_its_own_module_and_depends_on_all_the_code_it_imports(name: str) -> None:
     stage = PIPELINE["stages"][name]
     assert stage["cmd"] == f"python -m tasks.{name}"
+    assert [dep for dep in stage["deps"] if dep == "tasks" or dep.endswith(".yaml")] == sorted(WHOLE.get(name, []))
     code = {dep for dep in stage["deps"] if dep.endswith(".py")}
+    if name in WHOLE:
+        assert not code
+        return
     assert code == {str(path.relative_to(ROOT)) for path in imports(ROOT / "tasks" / f"{name}.py")}
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_depends_on_its_own_section_of_the_parameters(name: str) -> None:
     stage = PIPELINE["stages"][name]
+    if name in WHOLE:
+        assert "params" not in stage
+        return
     sections = set(stage.get("params", []))
     assert sections <= set(config.fields(config.Params))
     source = (ROOT / "tasks" / f"{name}.py").read_text()
@@ -68,7 +83,26 @@ def test_a_stage_depends_on_its_own_section_of_the_parameters(name: str) -> None
 def test_data_dependencies_come_from_an_earlier_stage(name: str) -> None:
     earlier = [one for stage in STAGES[: STAGES.index(name)] for one in outputs(PIPELINE["stages"][stage])]
     data = [dep for dep in PIPELINE["stages"][name]["deps"] if dep.startswith("data/")]
-    assert set(data) <= set(earlier)
+    assert set(data) - {str(paths.CHAMPION)} <= set(earlier)
+    assert (str(paths.CHAMPION) in data) == (name in FACE_THE_CHAMPION)
+
+
+def test_only_the_flow_lays_the_champion() -> None:
+    made = [output for stage in PIPELINE["stages"].values() for output in outputs(stage)]
+    assert not [output for output in made if Path(output).is_relative_to(paths.CHAMPION)]
+
+
+def test_the_gate_depends_on_every_file_that_its_evidence_is_read_from() -> None:
+    deps = PIPELINE["stages"]["gate"]["deps"]
+    read = [
+        paths.report("benchmark"),
+        paths.PREDICTIONS,
+        paths.GOLDEN,
+        paths.onnx("reduce"),
+        paths.TEST,
+        paths.CHAMPION,
+    ]
+    assert {str(path) for path in read} == {dep for dep in deps if dep.startswith("data/")}
 
 
 def test_the_test_split_is_for_reduce_benchmark_and_gate_only() -> None:

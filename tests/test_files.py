@@ -87,6 +87,18 @@ def test_missing_json(tmp_path: Path) -> None:
         files.read_json(tmp_path / "a.json")
 
 
+def test_the_digest_of_a_listing_is_that_of_what_sha256sum_prints(tmp_path: Path) -> None:
+    for name in ("b/ä.py", "a.py", "b.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    names = ["a.py", "b.py", "b/ä.py"]
+    printed = subprocess.run(["sha256sum", *names], cwd=tmp_path, capture_output=True, check=True).stdout
+    listing = {name: files.sha256(tmp_path / name) for name in reversed(names)}
+    assert files.digest(listing) == files.sha256_of(printed) == hashlib.sha256(printed).hexdigest()
+    assert files.digest(listing | {"a.py": "0" * 64}) != files.digest(listing)
+    assert files.digest({}) == hashlib.sha256(b"").hexdigest()
+
+
 def test_sha256(tmp_path: Path) -> None:
     data = os.urandom(3_000_000)
     files.write_bytes(tmp_path / "a", data)

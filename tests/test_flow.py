@@ -199,11 +199,15 @@ def test_the_first_run_promotes_and_leaves_everything_a_user_looks_for(first: tu
     assert decision["version"] == "v0.1.0"
     assert decision["recorded"] is True
     assert list(decision["stages"]) == ["finetune", "prune", "quantize", "reduce"]
-    assert set(workspace.states()) == {*STAGES, "accept data", "decide"}
+    assert set(workspace.states()) == {*STAGES, "accept data", "champion", "decide"}
     assert workspace.ran() == list(STAGES)
     keys = {artifact["key"] for artifact in workspace.post("artifacts/filter")}
     assert keys == {"data-verdict", "stages", "gate"}
-    assert workspace.git("status", "--porcelain").splitlines() == ["M params.yaml", "?? dvc.lock"]
+    assert workspace.git("status", "--porcelain").splitlines() == [
+        "M deploy/trusted_keys",
+        " M params.yaml",
+        "?? dvc.lock",
+    ]
     final = hashlib.sha256((workspace.root / "data/models/reduce/model.onnx").read_bytes()).hexdigest()
     assert decision["model_sha256"] == final == decision["stages"]["reduce"]["sha256"]
 
@@ -251,7 +255,7 @@ def test_another_pruning_parameter_leaves_the_stages_before_it_alone(workspace: 
     workspace.change(
         prune={"weights": {"threshold": 0.04}, "recovery": None}, gate={"min_top1": 0.5, "max_top1_drop": 0.5}
     )
-    workspace.change(gate={"min_class_recall": 0.1})
+    workspace.change(gate={"champion": {"margin": 0.9}, "slices": {"label": {"min_top1": 0.1}}})
     decision = workspace.run()
     assert workspace.ran() == ["prune", "quantize", "reduce", "benchmark", "gate"]
     assert (decision["version"], decision["replaces"]) == ("v0.2.0", "v0.1.0")
@@ -320,7 +324,7 @@ def test_a_server_that_does_not_answer_is_one_sentence(workspace: Workspace) -> 
 def test_bad_parameters_end_with_status_2_before_anything_runs(workspace: Workspace) -> None:
     before = workspace.results()
     text = (workspace.root / "params.yaml").read_text()
-    (workspace.root / "params.yaml").write_text(text.replace("min_top1", "min_topl"))
+    (workspace.root / "params.yaml").write_text(text.replace("min_top1", "min_topl", 1))
     assert workspace.sentence(USAGE).startswith("params.yaml: gate.min_topl is not a parameter; did you mean min_top1?")
     assert workspace.call("weighin", "run", "--params", "nowhere.yaml").returncode == USAGE
     assert workspace.call("weighin", "run", "--nonsense").returncode == USAGE
@@ -498,10 +502,13 @@ def test_a_folder_of_images_goes_through_by_changing_the_parameters_only(workspa
     recipe["finetune"]["training"] |= {"epochs": 2, "batch_size": 16}
     recipe["prune"]["recovery"]["training"] |= {"epochs": 2, "batch_size": 16}
     recipe["quantize"] |= {"calibration_images": 64}
-    recipe["gate"] |= {"min_top1": 0.0, "max_top1_drop": 1.0, "max_latency_ratio": 10.0, "min_class_recall": 0.0}
+    recipe["gate"] |= {"min_top1": 0.0, "max_top1_drop": 1.0, "max_latency_ratio": 10.0}
+    recipe["gate"]["slices"] = {"label": {"min_count": 1, "min_top1": 0.0}}
     yaml.dump(recipe, workspace.root / "params.yaml")
-    decision = workspace.run()
-    assert (decision["outcome"], decision["model"]) == ("promoted", "photos")
+    assert workspace.run(status=REFUSED)["failed"] == ["champion"]
+    decision = workspace.run("--bootstrap")
+    assert (decision["outcome"], decision["model"], decision["bootstrap"]) == ("promoted", "photos", True)
+    assert workspace.run()["recorded"] is False
     assert set(decision["stages"]["reduce"]["class_recall"]) == {"red", "green", "blue"}
     verdict = json.loads((workspace.root / "data/reports/validate.json").read_text())
     decodable = next(one for one in verdict["expectations"] if one["name"] == "decodable")

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -18,9 +19,9 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from tasks.core import config
+from tasks.core import config, dataset
 from tasks.core.errors import StageError
-from tasks.ingest import Item, describe, ingest
+from tasks.ingest import Item, describe, ingest, sources
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "val", "test")
@@ -334,6 +335,145 @@ def test_what_is_not_parquet(tmp_path: Path) -> None:
     assert "in.parquet is not Parquet" in refusal(parameters(tmp_path / "in.parquet", "parquet"), tmp_path / "out")
 
 
+# Columns for the slices of the gate
+
+
+def metadata(source: Path, rows: dict[str, tuple[str, str]]) -> None:
+    """A metadata.csv with a device and a site for each file."""
+    lines = ["file_name,note,device,site", *(f'{name},"a, b",{one},{two}' for name, (one, two) in rows.items())]
+    put(source / "metadata.csv", "\n".join(lines).encode() + b"\n")
+
+
+def carried(manifest: pd.DataFrame, splits: dict[str, pd.DataFrame], outputs: Path, names: list[str]) -> None:
+    """Splits and `dataset.columns` have of each image what the manifest has, and nothing else is new."""
+    for name, rows in splits.items():
+        assert list(rows.columns) == ["image", "label", "path", "sha256", *names]
+        wanted = manifest.loc[list(rows["path"]), names]
+        assert rows.set_index("path")[names].equals(wanted)
+        labels, columns = dataset.columns(outputs / f"{name}.parquet", CLASSES)
+        assert labels == list(rows["label"])
+        assert list(columns) == names
+        assert columns == {column: wanted[column].fillna("").tolist() for column in names}
+
+
+def test_columns_of_metadata_csv_go_with_the_images_of_a_folder(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in")
+    put(source / "cat/bad.png", b"damaged")
+    known = {f"{name}/{index:03}.png": (f"phone-{index % 3}", "") for name in CLASSES for index in range(20)}
+    known |= {"cat/bad.png": ("ölhaut", "north"), "cat/003.png": ("", "south"), "dog/none.png": ("gone", "gone")}
+    del known["dog/007.png"]
+    metadata(source, known)
+    manifest, splits = ingested(parameters(source, columns=["site", "device"]), tmp_path / "out")
+    assert list(manifest.columns[-2:]) == ["site", "device"]
+    assert len(manifest) == 41
+    for path, (device, site) in known.items():
+        if path != "dog/none.png":
+            assert manifest.loc[path, ["site", "device"]].fillna("").tolist() == [site, device]
+    assert manifest.loc[["dog/007.png", "cat/003.png"], "device"].isna().all()
+    assert manifest.loc[["dog/007.png", "cat/000.png"], "site"].isna().all()
+    assert not manifest.loc["cat/bad.png", "readable"]
+    carried(manifest, splits, tmp_path / "out", ["site", "device"])
+
+
+def test_a_byte_order_mark_and_a_short_row_are_read(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in")
+    put(source / "metadata.csv", b"\xef\xbb\xbffile_name,device\r\ncat/000.png,phone\r\ncat/001.png\r\n")
+    manifest, _ = ingested(parameters(source, columns=["device"]), tmp_path / "out")
+    assert manifest.loc["cat/000.png", "device"] == "phone"
+    assert manifest["device"].notna().sum() == 1
+
+
+def test_without_columns_metadata_csv_is_a_file_like_any_other(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in")
+    put(source / "metadata.csv", b"\xff")
+    manifest, splits = ingested(parameters(source), tmp_path / "out")
+    carried(manifest, splits, tmp_path / "out", [])
+
+
+def test_columns_of_parquet_go_with_its_rows_as_text(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for part, first in (("a", 0), ("b", 20)):
+        span = range(first, first + 20)
+        content = {
+            "image": [encoded(noise(index, 8, 8)) for index in span],
+            "label": [CLASSES[index % 2] for index in span],
+            "other": list(span),
+            "device": [None if index == 7 else f"phone-{index % 3}" for index in span],
+            "night": [index % 5 == 0 for index in span],
+            "year": [2000 + index for index in span],
+        }
+        pq.write_table(pa.table(content), tmp_path / "in" / f"{part}.parquet")
+    names = ["year", "device", "night"]
+    manifest, splits = ingested(parameters(tmp_path / "in", "parquet", columns=names), tmp_path / "out")
+    assert manifest.loc["b.parquet#3", names].tolist() == ["2023", "phone-2", "False"]
+    assert manifest.loc["a.parquet#7", names].fillna("").tolist() == ["2007", "", "False"]
+    carried(manifest, splits, tmp_path / "out", names)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "metadata.csv does not exist, but ingest.columns names 'device': it needs file_name and that"),
+        (b"", "metadata.csv has no column 'device'; its columns are None"),
+        (b"file_name,site\n", "metadata.csv has no column 'device'; its columns are ['file_name', 'site']"),
+        (b"device\n", "metadata.csv has no column 'file_name'; its columns are ['device']"),
+        (b"file_name,device\ncat/000.png,\xff\n", "metadata.csv is not CSV in UTF-8: "),
+        (b"file_name,device\ncat/000.png,a\rb\n".replace(b"a", b"a" * 200_000), "metadata.csv is not CSV in UTF-8: "),
+    ],
+)
+def test_metadata_that_is_not_right(tmp_path: Path, content: bytes | None, says: str) -> None:
+    source = folder(tmp_path / "in")
+    if content is not None:
+        put(source / "metadata.csv", content)
+    sentence = refusal(parameters(source, columns=["device"]), tmp_path / "out")
+    assert sentence.startswith(f"{source}/{says}")
+
+
+def test_a_column_that_parquet_lacks(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"x"], "label": ["cat"]}), tmp_path / "in.parquet")
+    sentence = refusal(parameters(tmp_path / "in.parquet", "parquet", columns=["device"]), tmp_path / "out")
+    assert sentence == f"{tmp_path}/in.parquet has no column 'device'; its columns are ['image', 'label']"
+
+
+def test_idx_has_no_columns(tmp_path: Path) -> None:
+    sentence = refusal(parameters(idx(tmp_path / "in"), "idx", columns=["device", "site"]), tmp_path / "out")
+    assert sentence == f"{tmp_path}/in: IDX files have no column 'device'; take it out of ingest.columns"
+
+
+# The listing of the source
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_every_file_of_a_source_is_listed(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", per_class=2)
+    for name in ("metadata.csv", "cat/deep/under/notes.txt", ".hidden/a.png", "cat/bad.png"):
+        put(source / name, name.encode())
+    found = sources(source)
+    assert found == {path.as_posix(): sha256(path) for path in source.rglob("*") if path.is_file()}
+    assert len(found) == 8
+    assert list(found) == [path.as_posix() for path in sorted(map(Path, found))]
+    put(source / "cat/000.png", b"other")
+    changed = sources(source)
+    assert {path for path in found if changed[path] != found[path]} == {f"{source}/cat/000.png"}
+
+
+def test_a_source_that_is_one_file(tmp_path: Path) -> None:
+    put(tmp_path / "in.parquet", b"any")
+    assert sources(tmp_path / "in.parquet") == {f"{tmp_path}/in.parquet": sha256(tmp_path / "in.parquet")}
+
+
+def test_the_stage_writes_the_listing_by_paths_as_the_parameters_have_them(tmp_path: Path) -> None:
+    root = repository(tmp_path / "repository", Path("in"), "idx")
+    idx(root / "in")
+    done = stage(root)
+    assert done.returncode == 0, done.stderr
+    listing = json.loads((root / "data/prepared/sources.json").read_text())
+    assert listing == {f"in/{name}": sha256(root / "in" / name) for name in (IMAGES, LABELS)}
+
+
 def repository(root: Path, source: Path, kind: str) -> Path:
     """A folder with a `params.yaml` in which the stage can run."""
     yaml = YAML(typ="safe")
@@ -366,7 +506,7 @@ def test_a_failing_run_leaves_the_previous_outputs_as_they_were(tmp_path: Path) 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("ingest: 28 train, 4 val, 8 test, 0 corrupt\n")
     before = {path.name: path.read_bytes() for path in (root / "data/prepared").iterdir()}
-    assert set(before) == {f"{name}.parquet" for name in (*SPLITS, "manifest")}
+    assert set(before) == {*(f"{name}.parquet" for name in (*SPLITS, "manifest")), "sources.json"}
     for index in range(10):
         put(source / f"cat/{index:03}.png", b"damaged")
     done = stage(root)

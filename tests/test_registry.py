@@ -12,22 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
+from ledger import FILES as LAID
+from ledger import Ledger, model
 
 from tasks.core import paths, registry
 from tasks.core.errors import RegistryError
 from tasks.core.registry import Decision
 
 BIN = Path(sys.executable).parent
-PARAMS = Path(__file__).parents[1] / "params.yaml"
-FILES = {"README.md", "decision.json", "dvc.lock", "dvc.yaml", "metrics.json", "params.yaml", "verdict.json"}
-DVC_YAML = f"""\
-stages:
-  build:
-    cmd: 'true'
-    outs: [{paths.onnx("reduce")}, {paths.weights("finetune")}, {paths.TEST},
-           {paths.report("gate")}, {paths.report("benchmark")}]
-"""
+FILES = {
+    *(
+        "README.md",
+        "decision.json",
+        "dvc.lock",
+        "dvc.yaml",
+        "metrics.json",
+        "params.yaml",
+        "verdict.json",
+        "bundle.sig",
+    ),
+    *("bom.cdx.json", "champion.json", "environment.json", "predictions.csv", "provenance.json", "trusted_keys"),
+    *(".dvc/config", "tasks/stage.py"),
+}
 
 
 def run(root: Path, *command: str) -> str:
@@ -62,20 +68,10 @@ def _own_git(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A committed git and DVC repository with a judged model; tests work on copies of it."""
-    root = tmp_path_factory.mktemp("project")
-    git(root, "init", "--quiet", "--initial-branch=main")
-    dvc(root, "init", "--quiet")
-    shutil.copy(PARAMS, root / "params.yaml")
-    (root / "dvc.yaml").write_text(DVC_YAML)
-    (root / ".gitignore").write_text("data/\n")
-    write(root, paths.weights("finetune"), b"fine-tuned 1")
-    write(root, paths.TEST, b"test images")
-    judge(root, b"model 1")
-    (root / "dvc.lock").unlink()
-    dvc(root, "commit", "--force", "--quiet")
-    git(root, "add", ".")
-    git(root, "commit", "--quiet", "-m", "Begin")
-    return root
+    ledger = Ledger.begin(tmp_path_factory.mktemp("project"), bootstrap=True)
+    ledger.lay(1)
+    ledger.commit("Lay")
+    return ledger.root
 
 
 @pytest.fixture
@@ -84,43 +80,22 @@ def root(project: Path, tmp_path: Path) -> Path:
 
 
 def write(root: Path, path: Path, data: bytes) -> None:
-    (root / path).parent.mkdir(parents=True, exist_ok=True)
-    (root / path).write_bytes(data)
+    Ledger(root).write(path, data)
 
 
-def judge(root: Path, model: bytes, good: bool = True, **changes: Any) -> None:
+def judge(root: Path, number: int, good: bool = True, name: str = "classifier", **changes: Any) -> None:
     """Lay a model in `root` and the gate's verdict on it; `changes` to the verdict's keys, None takes one out."""
-    write(root, paths.onnx("reduce"), model)
-    verdict: dict[str, Any] = {
-        "passed": good,
-        "checks": [
-            {"name": "top1", "value": 0.912, "operator": ">=", "limit": 0.895, "passed": True},
-            {"name": "size", "value": 1_400_000, "operator": "<=", "limit": 1_348_000, "passed": good},
-        ],
-        "model_sha256": hashlib.sha256(model).hexdigest(),
-        "data_sha256": hashlib.sha256((root / paths.TEST).read_bytes()).hexdigest(),
-    }
-    verdict = {key: value for key, value in (verdict | changes).items() if value is not None}
-    numbers = {"top1": 0.912, "size_bytes": 1_112_345, "zst_bytes": 900_000, "latency_p50_ms": 0.2625}
-    write(root, paths.report("gate"), json.dumps(verdict).encode())
-    write(root, paths.report("benchmark"), json.dumps({"stages": {"finetune": numbers, "reduce": numbers}}).encode())
-    lock(root)
+    ledger = Ledger(root)
+    ledger.lay(number, wrong=10 if good else 90, name=name)
+    if changes:
+        verdict = json.loads((root / paths.report("gate")).read_text())
+        verdict = {key: value for key, value in (verdict | changes).items() if changes.get(key, ...) is not None}
+        write(root, paths.report("gate"), json.dumps(verdict).encode())
+        ledger.lock()
 
 
-def lock(root: Path) -> None:
-    """Let dvc.lock name the files as they are, as a run of the stages does, but at once."""
-    path = root / "dvc.lock"
-    content = YAML(typ="safe").load(path.read_text()) if path.exists() else {"stages": {}}
-    for stage in content["stages"].values():
-        for out in stage["outs"]:
-            data = (root / out["path"]).read_bytes()
-            out |= {"md5": hashlib.md5(data, usedforsecurity=False).hexdigest(), "size": len(data)}
-    with path.open("w") as file:
-        YAML().dump(content, file)
-
-
-def decide(root: Path, model: bytes, good: bool = True, name: str = "classifier") -> Decision:
-    judge(root, model, good)
+def decide(root: Path, number: int, good: bool = True, name: str = "classifier") -> Decision:
+    judge(root, number, good, name)
     decision, new = registry.record(root, name)
     assert new
     return decision
@@ -132,6 +107,18 @@ def refs(root: Path) -> str:
 
 def show(root: Path, name: str, rev: str = "registry") -> str:
     return git(root, "show", f"{rev}:{name}")
+
+
+def clone(root: Path, target: Path, *options: str) -> Path:
+    """A clone with the data, DVC's cache and the key of the other."""
+    git(root, "clone", "--quiet", *options, f"file://{root}", str(target))
+    for name in ("data", ".weighin", ".dvc/cache"):
+        if (root / name).exists():
+            shutil.copytree(root / name, target / name, dirs_exist_ok=True)
+    shutil.copy(root / "dvc.lock", target / "dvc.lock")
+    if (root / "deploy").exists():
+        shutil.copytree(root / "deploy", target / "deploy", dirs_exist_ok=True)
+    return target
 
 
 def chain(root: Path) -> list[Decision]:
@@ -146,14 +133,14 @@ def chain(root: Path) -> list[Decision]:
 
 
 def test_promotions_and_refusals_are_one_chain_and_promotions_are_tagged(root: Path) -> None:
-    first = decide(root, b"model 1")
-    refusal = decide(root, b"model 2", good=False)
-    second = decide(root, b"model 3")
+    first = decide(root, 1)
+    refusal = decide(root, 2, good=False)
+    second = decide(root, 3)
 
     assert [first.version, refusal.version, second.version] == ["v0.1.0", None, "v0.2.0"]
     assert [first.replaces, refusal.replaces, second.replaces] == [None, None, "v0.1.0"]
     assert [first.outcome, refusal.outcome, second.outcome] == ["promoted", "refused", "promoted"]
-    assert [first.failed, refusal.failed] == [(), ("size",)]
+    assert [first.failed, refusal.failed] == [(), ("top1", "top1_vs_champion")]
     assert chain(root) == [first, refusal, second]
     assert git(root, "tag").split() == [
         "classifier#production#1",
@@ -168,7 +155,7 @@ def test_promotions_and_refusals_are_one_chain_and_promotions_are_tagged(root: P
 
 
 def test_the_commit_carries_the_record_and_what_brings_the_model_back(root: Path) -> None:
-    decision = decide(root, b"model 1")
+    decision = decide(root, 1)
     assert set(git(root, "ls-tree", "-r", "--name-only", "registry").split()) == {*FILES, ".dvc/config"}
     for name, path in registry.CARRIED.items():
         blob = subprocess.run(["git", "show", f"registry:{name}"], cwd=root, check=True, capture_output=True).stdout
@@ -185,14 +172,13 @@ def test_the_commit_carries_the_record_and_what_brings_the_model_back(root: Path
 
 
 def test_the_model_card_tells_what_was_decided_and_why(root: Path) -> None:
-    decision = decide(root, b"model 1", good=False)
+    decision = decide(root, 1, good=False)
     card = show(root, "README.md")
     for text in (
         "# classifier (refused)",
-        "Images scaled to 64x64 pixels, each of one class: t-shirt, trouser,",
-        "| reduce | 91.20% | 1,112,345 B | 0.263 ms |",
-        "| top1 | 0.912 | >= | 0.895 | yes |",
-        "| size | 1400000 | <= | 1348000 | no |",
+        "64x64 pixels",
+        "| reduce | 55.00% | 1,000 B | 0.100 ms |",
+        "| top1 |  | 0.55 | >= | 0.6 | no |",
         f"`{decision.model_sha256}`",
         f"`{decision.data_sha256}`",
         f"`{decision.code.commit}`",
@@ -203,27 +189,27 @@ def test_the_model_card_tells_what_was_decided_and_why(root: Path) -> None:
 
 def test_a_pipe_does_not_break_the_cards_table(root: Path) -> None:
     check = {"name": "recall|bag", "value": None, "operator": ">=", "limit": 0.6, "passed": False}
-    judge(root, b"model 1", checks=[check])
+    judge(root, 1, checks=[check])
     registry.record(root, "classifier")
-    assert r"| recall\|bag | None | >= | 0.6 | no |" in show(root, "README.md")
+    assert r"| recall\|bag |  | missing | >= | 0.6 | no |" in show(root, "README.md")
 
 
 def test_the_users_branch_index_and_work_tree_stay_untouched(root: Path) -> None:
-    (root / "params.yaml").write_text(PARAMS.read_text() + "# staged\n")
-    git(root, "add", "params.yaml")
+    (root / ".gitignore").write_text((root / ".gitignore").read_text() + "# staged\n")
+    git(root, "add", ".gitignore")
     (root / "notes.txt").write_text("not tracked")
     os.utime(root / "dvc.yaml", (1, 1))  # the index is stale now: git would like to refresh it
     index = (root / ".git/index").read_bytes()
-    decide(root, b"model 1")
+    decide(root, 1)
     assert (root / ".git/index").read_bytes() == index
     assert git(root, "symbolic-ref", "HEAD") == "refs/heads/main"
-    assert git(root, "rev-list", "--count", "HEAD") == "1"
-    assert git(root, "status", "--porcelain").split("\n") == ["M  params.yaml", "?? notes.txt"]
+    assert git(root, "rev-list", "--count", "HEAD") == "2"
+    assert git(root, "status", "--porcelain").split("\n") == ["M  .gitignore", "?? deploy/", "?? notes.txt"]
 
 
 @pytest.mark.parametrize("path", [paths.onnx("reduce"), paths.TEST, paths.report("benchmark"), paths.report("gate")])
 def test_a_lock_that_names_another_file_decides_nothing(root: Path, path: Path) -> None:
-    judge(root, b"model 1")
+    judge(root, 1)
     text = (root / "dvc.lock").read_text()
     found = hashlib.md5((root / path).read_bytes(), usedforsecurity=False).hexdigest()
     assert found in text
@@ -236,25 +222,26 @@ def test_a_lock_that_names_another_file_decides_nothing(root: Path, path: Path) 
 
 def test_code_is_dirty_only_by_what_the_decision_does_not_carry(root: Path) -> None:
     (root / "dvc.lock").write_text((root / "dvc.lock").read_text() + "# a retrain rewrites it\n")
-    assert not decide(root, b"model 1").code.dirty
+    assert not decide(root, 1).code.dirty
     git(root, "config", "status.showUntrackedFiles", "no")
     (root / "stage.py").write_text("an edit")
-    assert decide(root, b"model 2").code.dirty
+    assert decide(root, 2).code.dirty
 
 
 def test_an_unchanged_verdict_is_not_recorded_twice(root: Path) -> None:
-    decision = decide(root, b"model 1")
+    decision = decide(root, 1)
     before = refs(root)
     assert registry.record(root, "classifier") == (decision, False)
     assert refs(root) == before
-    decide(root, b"model 2", good=False)
-    again = decide(root, b"model 1")  # no longer the latest decision, so it is one anew
-    assert again.version == "v0.2.0"
+    decide(root, 2, good=False)
+    judge(root, 1)
+    assert registry.record(root, "classifier") == (decision, False)  # what is in production needs no promotion
+    assert decide(root, 3).version == "v0.2.0"
 
 
 def test_models_share_the_branch_and_count_on_their_own(root: Path) -> None:
-    first = decide(root, b"model 1")
-    other = decide(root, b"model 1", name="class")
+    first = decide(root, 1)
+    other = decide(root, 1, name="class")
     assert (first.version, other.version, other.replaces) == ("v0.1.0", "v0.1.0", None)
     assert registry.latest(root, "classifier") == first
     assert registry.latest(root, "class") == registry.production(root, "class") == other
@@ -264,7 +251,7 @@ def test_models_share_the_branch_and_count_on_their_own(root: Path) -> None:
 
 
 def test_versions_and_assignments_are_ordered_as_numbers(root: Path) -> None:
-    decisions = [decide(root, f"model {number}".encode()) for number in range(11)]
+    decisions = [decide(root, number) for number in range(11)]
     assert decisions[-1].version == "v0.11.0"
     assert decisions[-1].replaces == "v0.10.0"
     assert registry.production(root, "classifier") == decisions[-1]
@@ -272,8 +259,8 @@ def test_versions_and_assignments_are_ordered_as_numbers(root: Path) -> None:
 
 @pytest.mark.parametrize(("path", "other"), [(paths.onnx("reduce"), "another model"), (paths.TEST, "other data")])
 def test_a_verdict_of_something_else_is_no_decision(root: Path, path: Path, other: str) -> None:
-    decide(root, b"model 1")
-    judge(root, b"model 2")
+    decide(root, 1)
+    judge(root, 2)
     before = refs(root)
     (root / path).write_bytes(b"tampered with")
     with pytest.raises(RegistryError, match=f"the verdict judged {other} than {path}"):
@@ -299,7 +286,7 @@ def test_a_verdict_of_something_else_is_no_decision(root: Path, path: Path, othe
     ],
 )
 def test_a_malformed_verdict_is_an_error(root: Path, changes: dict[str, Any]) -> None:
-    judge(root, b"model 1", **changes)
+    judge(root, 1, **changes)
     with pytest.raises(RegistryError, match=r"gate\.json is malformed"):
         registry.record(root, "classifier")
     assert "registry" not in refs(root)
@@ -309,7 +296,7 @@ def test_a_malformed_verdict_is_an_error(root: Path, changes: dict[str, Any]) ->
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"passed": true', b"\xff", b'{"stages": {"reduce": {}}}'])
 def test_a_damaged_report_is_an_error(root: Path, name: str, content: bytes) -> None:
     write(root, paths.report(name), content)
-    lock(root)
+    Ledger(root).lock()
     with pytest.raises(RegistryError, match=rf"{name}\.json is malformed"):
         registry.record(root, "classifier")
     assert "registry" not in refs(root)
@@ -318,7 +305,7 @@ def test_a_damaged_report_is_an_error(root: Path, name: str, content: bytes) -> 
 @pytest.mark.parametrize("passed", [(True, False), (False, True)])
 def test_a_verdict_at_odds_with_its_checks_is_a_refusal(root: Path, passed: tuple[bool, bool]) -> None:
     check = {"name": "top1", "value": 0.9, "operator": ">=", "limit": 0.8, "passed": passed[1]}
-    judge(root, b"model 1", passed=passed[0], checks=[check])
+    judge(root, 1, passed=passed[0], checks=[check])
     decision, _ = registry.record(root, "classifier")
     assert (decision.outcome, decision.version) == ("refused", None)
     assert git(root, "tag") == ""
@@ -332,107 +319,163 @@ def test_a_missing_file_is_named(root: Path, path: str) -> None:
 
 
 def test_a_decision_is_coherent() -> None:
-    fields: dict[str, Any] = dict.fromkeys(("model_sha256", "data_sha256", "verdict_sha256"), "0" * 64) | {
+    hashes = ("model", "data", "params", "code", "verdict")
+    fields: dict[str, Any] = {f"{name}_sha256": "0" * 64 for name in hashes} | {
         "model": "classifier",
         "previous": None,
+        "previous_sha256": None,
         "replaces": None,
         "created": "2026-01-31T00:00:00Z",
+        "by": "Ada <ada@example.org>",
+        "reason": None,
+        "signer": "SHA256:" + "A" * 43,
         "code": {"commit": None, "dirty": True},
+        "bootstrap": False,
+        "traded": False,
     }
     Decision(**fields, outcome="promoted", version="v0.1.0", failed=())
     for wrong in (("promoted", None, ()), ("promoted", "v0.1.0", ("size",)), ("refused", "v0.1.0", ("size",))):
-        with pytest.raises(ValueError, match="a promotion has a version"):
+        with pytest.raises(ValueError, match="what goes into production has a version"):
             Decision(**fields, **dict(zip(("outcome", "version", "failed"), wrong, strict=True)))
+    with pytest.raises(ValueError, match="a rollback has a reason"):
+        Decision(**fields, outcome="rolled-back", version="v0.1.0", failed=())
 
 
-@pytest.mark.parametrize(
-    "ref", ["refs/heads/registry", "refs/tags/classifier@v0.2.0", "refs/tags/classifier#production#2"]
-)
-def test_no_ref_moves_if_one_cannot(root: Path, ref: str) -> None:
-    decide(root, b"model 1")
-    before = refs(root)
-    (root / ".git" / f"{ref}.lock").touch()
-    judge(root, b"model 2")
-    with pytest.raises(RegistryError, match="another decision reached the registry first"):
-        registry.record(root, "classifier")
-    (root / ".git" / f"{ref}.lock").unlink()
-    assert refs(root) == before
+def test_a_lock_that_a_killed_git_left_is_outlasted(root: Path) -> None:
+    decide(root, 1)
+    judge(root, 2)
+    for ref in ("refs/heads/registry", "refs/tags/classifier@v0.2.0", "refs/tags/classifier#production#2"):
+        (root / ".git" / f"{ref}.lock").touch()
+        os.utime(root / ".git" / f"{ref}.lock", (1, 1))
     assert registry.record(root, "classifier")[0].version == "v0.2.0"
+    assert not list((root / ".git/refs").rglob("*.lock"))
+
+
+@pytest.mark.parametrize("tags", [["classifier@v0.2.0"], ["classifier@v0.2.0", "classifier#production#2"]])
+def test_a_decision_that_was_cut_off_before_its_tags_gets_them(root: Path, tags: list[str]) -> None:
+    decide(root, 1)
+    last = decide(root, 2)
+    before = refs(root)
+    for tag in tags:
+        git(root, "tag", "--delete", tag)
+    assert registry.production(root, "classifier") == last
+    assert registry.record(root, "classifier") == (last, False)
+    assert refs(root) == before
+
+
+@pytest.mark.parametrize("tag", ["classifier@v0.1.0", "classifier#production#1"])
+def test_an_earlier_tag_that_is_missing_or_moved_stops_decisions(root: Path, tag: str) -> None:
+    decide(root, 1)
+    decide(root, 2)
+    git(root, "tag", "--delete", tag)
+    judge(root, 3)
+    with pytest.raises(RegistryError, match=f"the tag {tag} of a recorded decision is missing"):
+        registry.record(root, "classifier")
+    git(root, "tag", tag, "registry")
+    with pytest.raises(RegistryError, match=f"the tag {tag} is not where the registry's decisions have it"):
+        registry.record(root, "classifier")
+
+
+def test_what_another_promotion_superseded_is_judged_again(root: Path) -> None:
+    judge(root, 1)
+    laid = {path: (root / path).read_bytes() for path in (*LAID, Path("dvc.lock"), paths.CHAMPION_RECORD)}
+    decide(root, 2)
+    for path, data in laid.items():
+        write(root, path, data)
+    before = refs(root)
+    with pytest.raises(
+        registry.Superseded, match=r"compared with no champion, but classifier v0\.1\.0 is in production"
+    ):
+        registry.record(root, "classifier")
+    assert refs(root) == before
 
 
 def meanwhile(tmp_path: Path, patch: pytest.MonkeyPatch, command: str) -> None:
     """Put a `git` on PATH that runs `command` once a recorder has read the registry and makes its commit."""
     shim, real = tmp_path / "bin/git", shutil.which("git")
     shim.parent.mkdir()
-    shim.write_text(f'#!/bin/sh\ncase "$*" in *commit-tree*) {real} -C "$2" {command};; esac\nexec {real} "$@"\n')
+    shim.write_text(
+        f'#!/bin/sh\ncase "$*" in *"hash-object -t commit"*) {real} -C "$2" {command};; esac\nexec {real} "$@"\n'
+    )
     shim.chmod(0o755)
     patch.setenv("PATH", f"{shim.parent}{os.pathsep}{os.environ['PATH']}")
 
 
 def test_a_tag_that_came_between_is_left_as_it_is(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        meanwhile(tmp_path, patch, "tag classifier@v0.1.0")
-        with pytest.raises(RegistryError, match="another decision reached the registry first"):
+        meanwhile(tmp_path, patch, "tag classifier@v0.1.0 main")
+        with pytest.raises(RegistryError, match=r"there is a tag classifier@v0\.1\.0 already, and no decision has it"):
             registry.record(root, "classifier")
     assert refs(root).split()[2::3] == ["refs/heads/main", "refs/tags/classifier@v0.1.0"]
     assert git(root, "rev-parse", "classifier@v0.1.0") == git(root, "rev-parse", "main")
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_decision_that_came_between_wins(
+def test_a_refusal_that_came_between_is_built_upon(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
 ) -> None:
     if not first:
-        decide(root, b"model 1")
-    before = refs(root)
-    rival = tmp_path / "rival"
-    git(tmp_path, "clone", "--quiet", str(root), str(rival))
-    shutil.copytree(root / "data", rival / "data")
-    decide(rival, b"rival", good=False)
-
-    judge(root, b"model 2")
+        decide(root, 1)
+    rival = clone(root, tmp_path / "rival")
+    decide(rival, 77, good=False)
+    judge(root, 2)
     with monkeypatch.context() as patch:
         meanwhile(tmp_path, patch, f"fetch --quiet --no-tags {rival} registry:registry")
-        with pytest.raises(RegistryError, match="another decision reached the registry first"):
-            registry.record(root, "classifier")
-    assert git(root, "tag") == "\n".join(line.split("refs/tags/")[1] for line in before.splitlines() if "tags" in line)
-    assert git(root, "rev-parse", "registry") == git(rival, "rev-parse", "registry")
-    assert registry.record(root, "classifier")[1]
+        decision, new = registry.record(root, "classifier")
+    assert new
+    assert decision.previous == git(rival, "rev-parse", "registry")
     assert [decision.outcome for decision in chain(root)][-2:] == ["refused", "promoted"]
 
 
+def test_a_promotion_that_came_between_has_to_be_faced(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decide(root, 1)
+    rival = clone(root, tmp_path / "rival")
+    decide(rival, 77)
+    judge(root, 2)
+    with monkeypatch.context() as patch:
+        meanwhile(tmp_path, patch, f"fetch --quiet --tags {rival} registry:registry")
+        with pytest.raises(
+            registry.Superseded, match=r"compared with v0\.1\.0, but classifier v0\.2\.0 is in production"
+        ):
+            registry.record(root, "classifier")
+    assert git(root, "rev-parse", "registry") == git(rival, "rev-parse", "registry")
+
+
 def test_recorders_at_the_same_time_make_one_chain(root: Path, tmp_path: Path) -> None:
-    """Two work trees of one repository decide at once, again and again: each time each one wins or is told."""
+    """Two work trees of one repository decide at once, again and again: each time one wins, one is superseded."""
+    decide(root, 99)
     git(root, "worktree", "add", "--quiet", "--detach", str(tmp_path / "other"))
-    roots = (root, Path(shutil.copytree(root, tmp_path / "other", dirs_exist_ok=True, ignore=lambda *_: {".git"})))
+    other = shutil.copytree(root, tmp_path / "other", dirs_exist_ok=True, ignore=lambda *_: {".git"})
+    (other / ".dvc/config.local").write_text(f"[cache]\n    dir = {root}/.dvc/cache\n")
     recorded: list[Decision] = []
-    lost: list[RegistryError] = []
+    superseded: list[registry.Superseded] = []
 
     def recorder(where: Path, start: threading.Barrier) -> None:
         start.wait()
         try:
             recorded.append(registry.record(where, "classifier")[0])
-        except RegistryError as error:
-            lost.append(error)
+        except registry.Superseded as error:
+            superseded.append(error)
 
-    for number in range(6):
+    for number in range(5):
         start = threading.Barrier(2)
-        for where in roots:
-            judge(where, f"model {number} in {where.name}".encode(), good=number % 3 != 2)
-        threads = [threading.Thread(target=recorder, args=(where, start)) for where in roots]
+        for index, where in enumerate((root, other)):
+            judge(where, 100 + 2 * number + index)
+            if where is other:
+                shutil.copytree(where / ".dvc/cache", root / ".dvc/cache", dirs_exist_ok=True)
+        threads = [threading.Thread(target=recorder, args=(where, start)) for where in (root, other)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
 
-    assert len(recorded) + len(lost) == 12
-    assert all("reached the registry first" in str(error) for error in lost)
-    assert len(recorded) >= 6
-    decisions = chain(root)
-    assert sorted(decisions, key=str) == sorted(recorded, key=str)
-    versions = [decision.version for decision in decisions if decision.version]
-    assert versions == [f"v0.{number + 1}.0" for number in range(len(versions))]
-    assert len(git(root, "tag").split()) == 2 * len(versions)
+    assert (len(recorded), len(superseded)) == (5, 5)
+    decisions = chain(root)[1:]
+    assert decisions == recorded
+    assert [decision.version for decision in decisions] == [f"v0.{number}.0" for number in range(2, 7)]
+    assert len(git(root, "tag").split()) == 12
 
 
 def test_without_an_identity_weighin_signs_as_itself(
@@ -440,15 +483,16 @@ def test_without_an_identity_weighin_signs_as_itself(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "empty"))
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    git(root, "config", "--remove-section", "user")
     git(root, "config", "user.useConfigOnly", "true")  # else git may make up an identity from the host's name
-    decide(root, b"model 1")
+    decide(root, 1)
     assert git(root, "log", "-1", "--format=%an <%ae> %cn <%ce>", "registry") == " ".join(
         ["Weighin <weighin@localhost>"] * 2
     )
     assert "tagger Weighin <weighin@localhost>" in git(root, "cat-file", "tag", "classifier@v0.1.0")
     monkeypatch.setenv("GIT_AUTHOR_NAME", "Grace")
     monkeypatch.setenv("GIT_AUTHOR_EMAIL", "grace@example.org")
-    decide(root, b"model 2")
+    decide(root, 2)
     assert git(root, "log", "-1", "--format=%an, %cn", "registry") == "Grace, Weighin"
 
 
@@ -471,7 +515,7 @@ def test_the_users_settings_and_hooks_do_not_matter(root: Path, tmp_path: Path) 
         git(root, "config", key, value)
     verdict = (root / paths.report("gate")).read_bytes().replace(b", ", b",\r\n")
     (root / paths.report("gate")).write_bytes(verdict)
-    lock(root)
+    Ledger(root).lock()
     assert registry.record(root, "classifier")[0].version == "v0.1.0"
     blob = subprocess.run(["git", "show", "registry:verdict.json"], cwd=root, check=True, capture_output=True).stdout
     assert blob == verdict
@@ -491,37 +535,34 @@ def test_the_repository_is_the_roots_own_when_git_is_the_caller(
 
 def test_a_detached_head_decides_too(root: Path) -> None:
     git(root, "checkout", "--quiet", "--detach")
-    assert decide(root, b"model 1").code.commit == git(root, "rev-parse", "HEAD")
+    assert decide(root, 1).code.commit == git(root, "rev-parse", "HEAD")
 
 
 def test_a_shallow_clone_decides_too(root: Path, tmp_path: Path) -> None:
     git(root, "commit", "--quiet", "--allow-empty", "-m", "More")
-    git(tmp_path, "clone", "--quiet", "--depth", "1", f"file://{root}", "shallow")
-    shutil.copytree(root / "data", tmp_path / "shallow/data")
-    assert decide(tmp_path / "shallow", b"model 1").version == "v0.1.0"
+    shallow = clone(root, tmp_path / "shallow", "--depth", "1")
+    assert decide(shallow, 1).version == "v0.1.0"
 
 
 def test_a_fresh_clone_goes_on_where_its_origin_is(root: Path, tmp_path: Path) -> None:
-    first = decide(root, b"model 1")
-    git(tmp_path, "clone", "--quiet", f"file://{root}", "clone")
-    clone = tmp_path / "clone"
-    shutil.copytree(root / "data", clone / "data")
-    assert registry.latest(clone, "classifier") == registry.production(clone, "classifier") == first
-    assert registry.record(clone, "classifier") == (first, False)
-    second = decide(clone, b"model 2")
-    assert chain(clone) == [first, second]
+    first = decide(root, 1)
+    other = clone(root, tmp_path / "clone")
+    assert registry.latest(other, "classifier") == registry.production(other, "classifier") == first
+    assert registry.record(other, "classifier") == (first, False)
+    second = decide(other, 2)
+    assert chain(other) == [first, second]
     assert second.version == "v0.2.0"
 
 
 def test_a_clone_that_lacks_part_of_the_registry_is_told(root: Path, tmp_path: Path) -> None:
-    decide(root, b"model 1")
-    decide(root, b"model 2")
-    git(tmp_path, "clone", "--quiet", "--depth", "1", "--no-single-branch", "--no-tags", f"file://{root}", "cut")
-    cut = Path(shutil.copytree(root / "data", tmp_path / "cut/data")).parent
-    with pytest.raises(RegistryError, match="git cat-file did not work"):
-        registry.latest(cut, "another")  # the search meets the end of the clone, not of the registry
-    judge(cut, b"model 3")
-    with pytest.raises(RegistryError, match=r"the tag classifier@v0\.2\.0 of a recorded promotion is missing"):
+    decide(root, 1)
+    decide(root, 2)
+    cut = clone(root, tmp_path / "cut", "--depth", "1", "--no-single-branch", "--no-tags")
+    for call in (registry.latest, registry.production, registry.record):
+        with pytest.raises(RegistryError, match="`git fetch --unshallow` brings what a shallow clone lacks"):
+            call(cut, "classifier")
+    git(cut, "fetch", "--quiet", "--unshallow", "--no-tags")
+    with pytest.raises(RegistryError, match=r"the tag classifier@v0\.1\.0 of a recorded decision is missing"):
         registry.record(cut, "classifier")
 
 
@@ -537,9 +578,9 @@ def test_a_folder_that_cannot_keep_decisions_is_told(root: Path) -> None:
 
 
 def test_gto_shows_versions_and_their_history(root: Path) -> None:
-    decide(root, b"model 1")
-    decide(root, b"model 2", good=False)
-    decide(root, b"model 3")
+    decide(root, 1)
+    decide(root, 2, good=False)
+    decide(root, 3)
     shown = json.loads(gto(root, "show", "--json"))["classifier"]
     assert (shown["version"], shown["stage"]) == ("v0.2.0", {"production": "v0.2.0"})
     assert gto(root, "show", "classifier@latest", "--version") == "v0.2.0"
@@ -557,49 +598,35 @@ def test_gto_shows_versions_and_their_history(root: Path) -> None:
 
 
 def test_dvc_brings_every_promoted_model_back(root: Path, tmp_path: Path) -> None:
-    decide(root, b"model 1")
-    judge(root, b"model 2")
-    write(root, paths.weights("finetune"), b"fine-tuned 2")
-    dvc(root, "commit", "--force", "--quiet")
-    registry.record(root, "classifier")
+    decide(root, 1)
+    decide(root, 2)
     for number in (1, 2):
-        target = tmp_path / f"{number}.onnx"
-        dvc(
-            tmp_path,
-            "get",
-            str(root),
-            str(paths.onnx("reduce")),
-            "--rev",
-            f"classifier@v0.{number}.0",
-            "-o",
-            str(target),
-        )
-        assert target.read_bytes() == f"model {number}".encode()
+        target, version = tmp_path / f"{number}.onnx", f"classifier@v0.{number}.0"
+        dvc(tmp_path, "get", str(root), str(paths.onnx("reduce")), "--rev", version, "-o", str(target))
+        assert target.read_bytes() == model(number)
 
 
 def test_fetch_copies_a_file_of_the_version_in_production(root: Path, tmp_path: Path) -> None:
     target = tmp_path / "fetched" / "start.safetensors"
     with pytest.raises(RegistryError, match="classifier has no version in production"):
         registry.fetch(root, "classifier", paths.weights("finetune"), target)
-    decide(root, b"model 1")
-    write(root, paths.weights("finetune"), b"fine-tuned 2")
-    dvc(root, "commit", "--force", "--quiet")
-    git(root, "commit", "--quiet", "--all", "-m", "Retrain")
-    decide(root, b"model 2", good=False)
+    decide(root, 1)
+    wanted = (root / paths.weights("finetune")).read_bytes()
+    decide(root, 2, good=False)
+    assert (root / paths.weights("finetune")).read_bytes() != wanted
     assert registry.fetch(root, "classifier", paths.weights("finetune"), target) == "v0.1.0"
-    assert target.read_bytes() == b"fine-tuned 1"
+    assert target.read_bytes() == wanted
 
 
 def test_fetch_that_cannot_bring_the_file_leaves_the_target_alone(root: Path, tmp_path: Path) -> None:
     target = tmp_path / "start.safetensors"
     target.write_bytes(b"before")
-    decide(root, b"model 1")
+    decide(root, 1)
     with pytest.raises(RegistryError, match=r"nothing\.bin of classifier@v0\.1\.0 cannot be brought"):
         registry.fetch(root, "classifier", Path("data/nothing.bin"), target)
-    md5 = hashlib.md5(b"fine-tuned 1", usedforsecurity=False).hexdigest()
-    cached = root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
-    cached.chmod(0o644)
-    cached.write_bytes(b"fine-tuned !")
+    data = (root / paths.weights("finetune")).read_bytes()
+    cached = Ledger(root).cached(hashlib.md5(data, usedforsecurity=False).hexdigest())
+    cached.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     with pytest.raises(RegistryError, match="is damaged"):
         registry.fetch(root, "classifier", paths.weights("finetune"), target)
     cached.unlink()

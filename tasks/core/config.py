@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from tasks.core.errors import ParamsError
 from tasks.core.paths import PARAMS
@@ -14,6 +14,12 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Column = Annotated[str, Field(min_length=1)]
+
+RESERVED = (
+    *("path", "label", "image", "width", "height", "mode", "bytes", "sha256", "pixels_sha256", "split", "mean", "std"),
+    *("readable", "reason", "actual", "predicted", "champion"),
+)
 
 
 class Section(BaseModel):
@@ -34,7 +40,16 @@ class Ingest(Section):
     path: str = Field(min_length=1, description="the folder or file, relative to the repository or absolute")
     split: Split
     max_corrupt_fraction: Fraction = Field(description="more unreadable images than this stop the run")
+    columns: tuple[Column, ...] = Field((), description="columns of the source to carry, for the gate's slices")
     seed: Seed = Field(description="decides which image goes to which split")
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_new(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        taken = next((name for name in columns if name in RESERVED or columns.count(name) > 1), None)
+        if taken:
+            raise ValueError(f"{taken} is a column already")
+        return columns
 
 
 class Validate(Section):
@@ -170,15 +185,59 @@ class Benchmark(Section):
     )
 
 
+class Trade(Section):
+    """What accuracy may be given for: all of it must hold, and the verdict says that it was used."""
+
+    margin: Fraction = Field(description="the margin that holds instead")
+    min_times_smaller: Annotated[float, Field(ge=1)] = Field(1, description="bytes of the champion over ours")
+    min_times_faster: Annotated[float, Field(ge=1)] = Field(1, description="p50 of the champion over ours")
+
+    @model_validator(mode="after")
+    def _gains_something(self) -> Self:
+        if max(self.min_times_smaller, self.min_times_faster) == 1:
+            raise ValueError("min_times_smaller or min_times_faster must be above 1: else nothing is had in return")
+        return self
+
+
+class Comparison(Section):
+    """Non-inferiority to the model in production, on the same test images."""
+
+    margin: Fraction = Field(description="the bound of the difference in top-1 must be above minus this")
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.95, description="of that bound, one-sided")
+    trade: Trade | None = Field(None, description="a wider margin for a model that is much smaller or faster")
+
+
+class Slice(Section):
+    """Limits for every value of a column: a class, a device, a source."""
+
+    min_count: Count = Field(30, description="with fewer test images a slice is listed, not judged")
+    min_top1: Fraction = Field(description="in the worst slice")
+    max_regression: Fraction | None = Field(None, description="top-1 of the champion minus ours, in the worst slice")
+
+
 class Gate(Section):
     """Limits, all of which must hold for a promotion; null leaves an optional one out."""
 
+    bootstrap: bool = Field(False, description="allow the first promotion, which has no champion to be compared with")
     min_top1: Fraction
     max_top1_drop: Fraction = Field(description="against the fine-tuned model")
     max_size_bytes: Count
     max_latency_ratio: Positive = Field(description="p50 over that of the fine-tuned fp32 model")
     max_latency_ms: Positive | None = Field(None, description="p50 at batch 1")
-    min_class_recall: Fraction = Field(description="for the worst class")
+    max_golden_difference: Annotated[float, Field(ge=0)] = Field(
+        0.001, description="of any logit, between the benchmark and a fresh process"
+    )
+    champion: Comparison
+    slices: dict[Column, Slice] = Field(description="by column: label, or one of ingest.columns")
+
+
+class Registry(Section):
+    """Where decisions are kept."""
+
+    remote: str | None = Field(None, min_length=1, description="git remote that holds the registry; null: only here")
+    reproduce_tolerance: Fraction = Field(
+        0.01, description="top-1 may differ by this when reproduced on another kind of machine"
+    )
 
 
 class Params(Section):
@@ -193,6 +252,14 @@ class Params(Section):
     quantize: Quantize
     benchmark: Benchmark
     gate: Gate
+    registry: Registry = Registry()
+
+    @model_validator(mode="after")
+    def _slices_by_columns_that_are_carried(self) -> Self:
+        unknown = next((name for name in self.gate.slices if name not in ("label", *self.ingest.columns)), None)
+        if unknown:
+            raise ValueError(f"gate.slices has the column {unknown!r}, which is neither label nor in ingest.columns")
+        return self
 
     @model_validator(mode="after")
     def _distinct_classes(self) -> Self:
@@ -204,21 +271,27 @@ class Params(Section):
 
 def load(path: Path = PARAMS) -> Params:
     """The parameters in `path`, checked; `ParamsError` names the first key that is wrong and what it should be."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
     try:
-        content = YAML(typ="safe").load(path.read_text())
+        return read(path.read_bytes(), path)
     except FileNotFoundError:
         raise ParamsError(f"{path} does not exist: give a parameter file, such as params.yaml") from None
     except OSError as error:
         raise ParamsError(f"{path} cannot be read: {error.strerror}; give a parameter file") from None
+
+
+def read(data: bytes, name: Path) -> Params:
+    """The parameters in the content of a file, checked as `load` does."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        content = YAML(typ="safe").load(data.decode())
     except (YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that no calendar has
-        raise ParamsError(f"{path} is not YAML: {_problem(error)}") from None
+        raise ParamsError(f"{name} is not YAML: {_problem(error)}") from None
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        raise ParamsError(f"{path}: {_sentence(error)}") from None
+        raise ParamsError(f"{name}: {_sentence(error)}") from None
 
 
 def _problem(error: Exception) -> str:
@@ -244,7 +317,9 @@ def _suggestion(location: tuple[Any, ...]) -> str:
     section: Any = Params
     for part in location[:-1]:
         field = fields(section).get(str(part))
-        section = field and section_of(field.annotation)
+        if field is None:  # a key of a mapping of sections, such as a column
+            continue
+        section = section_of(field.annotation)
         if section is None:
             return ""
     close = difflib.get_close_matches(str(location[-1]), fields(section), n=1)
@@ -274,6 +349,9 @@ def _explained(section: Section, prefix: str) -> Iterator[tuple[str, str, str, s
         value = getattr(section, f"{name}_" if field.alias else name)
         if isinstance(value, Section):
             yield from _explained(value, f"{prefix}{name}.")
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                yield from _explained(part, f"{prefix}{name}.{key}.")
         else:
             shown = ", ".join(value) if isinstance(value, tuple) else "null" if value is None else str(value)
             yield f"{prefix}{name}", shown, _bounds(field), field.description or ""

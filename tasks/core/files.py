@@ -76,6 +76,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of(data: bytes) -> str:
+    """The SHA-256 of some bytes, 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest(listing: dict[str, str]) -> str:
+    """One SHA-256 for many files, from that of each by its path: of what `sha256sum` prints, sorted by path."""
+    return sha256_of("".join(f"{sha256}  {path}\n" for path, sha256 in sorted(listing.items())).encode())
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -10,6 +10,7 @@ TRAIN = PREPARED / "train.parquet"
 VAL = PREPARED / "val.parquet"
 TEST = PREPARED / "test.parquet"
 MANIFEST = PREPARED / "manifest.parquet"
+SOURCES = PREPARED / "sources.json"
 
 RECIPES = DATA / "recipes"
 MODELS = DATA / "models"
@@ -18,8 +19,12 @@ PLAN = MODELS / "prune" / "plan.json"
 METRICS = REPORTS / "metrics.json"
 STAGES = REPORTS / "stages.csv"
 PREDICTIONS = REPORTS / "predictions.csv"
+GOLDEN = REPORTS / "golden.npz"
 DATA_DOCS = REPORTS / "data_docs"
 CHECKPOINTS = DATA / "checkpoints"
+CHAMPION = DATA / "champion"
+CHAMPION_MODEL = CHAMPION / "model.onnx"
+CHAMPION_RECORD = CHAMPION / "champion.json"
 
 
 def weights(stage: str) -> Path:

@@ -1,6 +1,7 @@
-"""A model in a clean process: `python -m tasks.core.probe MODEL THREADS MEMORY_LIMIT` prints what loading costs.
+"""A model in a clean process: `python -m tasks.core.probe MODEL THREADS MEMORY_LIMIT [GOLDEN]` prints what it does.
 
-The process imports numpy and ONNX Runtime only, as a device would. MEMORY_LIMIT in bytes, 0 for none.
+That is what loading costs or, with golden inputs and outputs, how it meets them. The process imports numpy and ONNX
+Runtime only, as a device would. MEMORY_LIMIT in bytes, 0 for none.
 """
 
 import json
@@ -13,13 +14,28 @@ from typing import Any
 
 from tasks.core.errors import StageError, run
 
+RUNS = 3
+
 
 def probe(model: Path, threads: int, memory_limit_bytes: int | None) -> dict[str, Any]:
     """`load_ms`, `first_inference_ms` and `peak_rss_bytes` of the model in a process of its own.
 
     `StageError` if it does not load and run there, under the limit on the process's data if one is given.
     """
-    command = [sys.executable, "-m", "tasks.core.probe", str(model), str(threads), str(memory_limit_bytes or 0)]
+    return _clean(model, threads, memory_limit_bytes)
+
+
+def meet(golden: Path, model: Path, threads: int, memory_limit_bytes: int | None) -> dict[str, Any]:
+    """How the model meets golden outputs in a process of its own, by case.
+
+    Each case has `difference` (the largest of any logit; null if one is not finite), `same_top1` and `repeatable`
+    (every run gives the same bits). `StageError` if the model does not load and run there.
+    """
+    return _clean(model, threads, memory_limit_bytes, str(golden))
+
+
+def _clean(model: Path, threads: int, memory_limit_bytes: int | None, *more: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tasks.core.probe", str(model), str(threads), str(memory_limit_bytes or 0), *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         limit = f" within {memory_limit_bytes:,} bytes" if memory_limit_bytes else ""
@@ -38,21 +54,46 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def main() -> None:
-    model, threads, limit = sys.argv[1:]
-    if int(limit):
-        resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
+def _costs(model: Path, threads: int) -> dict[str, Any]:
     import numpy as np
 
     from tasks.core import session
 
     started = time.perf_counter()
-    ready = session.open_session(Path(model), int(threads))
+    ready = session.open_session(model, threads)
     loaded = time.perf_counter()
     session.logits(ready, np.zeros((1, *ready.get_inputs()[0].shape[1:]), np.float32))
     ran = time.perf_counter()
     times = {"load_ms": (loaded - started) * 1e3, "first_inference_ms": (ran - loaded) * 1e3}
-    print(json.dumps(times | {"peak_rss_bytes": peak_rss_bytes()}))
+    return times | {"peak_rss_bytes": peak_rss_bytes()}
+
+
+def _meetings(model: Path, threads: int, golden: Path) -> dict[str, Any]:
+    import numpy as np
+
+    from tasks.core import session
+
+    ready = session.open_session(model, threads)
+    cases: dict[str, Any] = {}
+    with np.load(golden, allow_pickle=False) as arrays:
+        for name in sorted(key.removesuffix(".input") for key in arrays.files if key.endswith(".input")):
+            inputs, expected = arrays[f"{name}.input"], arrays[f"{name}.output"]
+            outputs = [session.logits(ready, inputs) for _ in range(RUNS)]
+            difference = float(np.abs(outputs[0].astype(np.float64) - expected).max())
+            cases[name] = {
+                "difference": difference if np.isfinite(difference) else None,
+                "same_top1": bool((outputs[0].argmax(1) == expected.argmax(1)).all()),
+                "repeatable": all(output.tobytes() == outputs[0].tobytes() for output in outputs),
+            }
+    return cases
+
+
+def main() -> None:
+    model, threads, limit, *golden = sys.argv[1:]
+    if int(limit):
+        resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
+    given = Path(model), int(threads)
+    print(json.dumps(_meetings(*given, Path(golden[0])) if golden else _costs(*given)))
 
 
 if __name__ == "__main__":

@@ -1,50 +1,55 @@
-"""The registry: every decision, promotion or refusal, as one commit on the git branch `registry`.
+"""The registry: every decision, promotion, refusal or rollback, as one signed commit on the git branch `registry`.
 
-The branch has a history of its own; each commit has the previous decision as parent and holds the record,
-the verdict, the metrics, the model card, and the DVC files that bring the decided model back. A promotion
-is tagged `<model>@v<version>` and `<model>#production#<n>`, which is GTO's format. Commits are made of bare
-objects, so the user's branch, index and work tree are never touched. What goes wrong is a `RegistryError`,
-but for an unusable `params.yaml`, which is a `ParamsError`.
+The branch has a history of its own; each commit has the previous decision as parent and holds the record, the evidence
+behind it, the code and the DVC files that bring the decided model back. A version is tagged `<model>@v<version>`, what
+is in production `<model>#production#<n>`, which is GTO's format. Branch and tags move by compare-and-swap, all of them
+or none, here and at the remote if there is one. What goes wrong is a `RegistryError`, but for an unusable
+`params.yaml`, which is a `ParamsError`.
 """
 
-import hashlib
-import os
+import json
 import re
-import subprocess
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, ValidationError, model_validator
 
-from tasks.core import config, files, paths
+from tasks.core import config, documents, files, git, keys, materials, paths, signing
 from tasks.core.errors import RegistryError
+from tasks.core.git import Objects, Overtaken
 
 BRANCH = "refs/heads/registry"
-UPSTREAM = "refs/remotes/origin/registry"  # all that a fresh clone has of it
 STAGE = "production"
 DVC_CONFIG = Path(".dvc/config")
+MODEL = paths.onnx("reduce")
+SIGNATURE = "bundle.sig"
+# What a decision says of how the model was made; a rollback repeats it.
+ORIGIN = ("environment.json", "bom.cdx.json", "provenance.json")
+DECISION = "decision.json"
+# What a commit of the registry carries of the working copy, under which name.
 CARRIED = {
     "verdict.json": paths.report("gate"),
     "metrics.json": paths.report("benchmark"),
+    "predictions.csv": paths.PREDICTIONS,
+    "champion.json": paths.CHAMPION_RECORD,
     "params.yaml": paths.PARAMS,
     "dvc.yaml": Path("dvc.yaml"),
     "dvc.lock": Path("dvc.lock"),
     ".dvc/config": DVC_CONFIG,
 }
 
-# Settings of the user that could stop a decision or change its bytes; older gits pass over the ones they do not know.
-SETTINGS = (
-    "core.fsync=objects,reference",
-    f"core.hooksPath={os.devnull}",
-    "i18n.commitEncoding=UTF-8",
-)
-# Set while git runs a hook or an alias; with them, git would work on that repository, whatever the root.
-INHERITED = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_NAMESPACE")
-
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Version = Annotated[str, Field(pattern=r"^v\d+\.\d+\.\d+$")]
+Outcome = Literal["promoted", "refused", "rolled-back"]
 Document = TypeVar("Document", bound=BaseModel)
+
+
+class Superseded(RegistryError):
+    """The verdict compared with a champion that is no longer the one in production: it has to be judged again."""
 
 
 class Code(BaseModel):
@@ -57,27 +62,37 @@ class Code(BaseModel):
 
 
 class Decision(BaseModel):
-    """One decision, as `decision.json` has it."""
+    """One decision, as `decision.json` has it; deploy/decision.schema.json is its schema."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
-    model: str = Field(pattern="^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")
-    outcome: Literal["promoted", "refused"]
-    version: Version | None
-    previous: str | None = Field(description="commit of the decision before this one, of whatever model")
+    model: str = Field(pattern="^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", description="the model's name in the registry")
+    outcome: Outcome
+    version: Version | None = Field(description="the version that is in production from here on; null if refused")
     replaces: Version | None = Field(description="the version that this one takes production from")
-    created: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+    previous: str | None = Field(description="commit of the decision before this one, of whatever model")
+    previous_sha256: Sha256 | None = Field(description="SHA-256 of that one's bundle.sig, which names all its files")
+    created: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$", description="UTC")
+    by: str = Field(min_length=1, description="who decided, as git knows them")
+    reason: str | None = Field(description="why, for a rollback")
+    signer: str = Field(pattern=r"^SHA256:[A-Za-z0-9+/]{43}$", description="fingerprint of the signing key")
     code: Code
     model_sha256: Sha256
-    data_sha256: Sha256
+    data_sha256: Sha256 = Field(description="of the test split")
+    params_sha256: Sha256
+    code_sha256: Sha256 = Field(description="of what sha256sum prints for tasks/**/*.py, sorted by path")
     verdict_sha256: Sha256
+    bootstrap: bool = Field(description="there was no champion to compare with, and that was allowed")
+    traded: bool = Field(description="accuracy was given for size or speed, within the margin stated for it")
     failed: tuple[str, ...] = Field(description="the names of the gate's checks that failed")
 
     @model_validator(mode="after")
-    def _version_if_promoted(self) -> Self:
-        if (self.outcome == "promoted") != (self.version is not None) or (self.version and self.failed):
-            raise ValueError("a promotion has a version and no failed check, a refusal has no version")
+    def _coherent(self) -> Self:
+        if (self.outcome != "refused") != (self.version is not None) or (self.version and self.failed):
+            raise ValueError("what goes into production has a version and no failed check, a refusal has no version")
+        if (self.outcome == "rolled-back") != (self.reason is not None):
+            raise ValueError("a rollback has a reason, and nothing else has one")
         return self
 
 
@@ -88,7 +103,25 @@ class Check(BaseModel):
     value: JsonValue
     operator: str
     limit: JsonValue
+    where: str | None = None
     passed: StrictBool
+
+
+class Champion(BaseModel):
+    """What a challenger is compared with: `champion.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Version | None
+    model_sha256: Sha256 | None
+    withdrawn: tuple[Sha256, ...] = Field(description="models that a rollback took out of production")
+    bootstrap: StrictBool = Field(description="--bootstrap was given: the first promotion goes without a champion")
+
+
+class Compared(BaseModel):
+    """What a decision needs of the comparison."""
+
+    traded: StrictBool
 
 
 class Verdict(BaseModel):
@@ -98,20 +131,17 @@ class Verdict(BaseModel):
     checks: tuple[Check, ...] = Field(min_length=1)
     model_sha256: Sha256
     data_sha256: Sha256
+    params_sha256: Sha256
+    code_sha256: Sha256
+    champion: Champion
+    comparison: Compared | None
 
 
-class Metrics(BaseModel):
-    """What the model card tells of one stage."""
+class Link(NamedTuple):
+    """A decision and the commit that holds it."""
 
-    top1: float
-    size_bytes: int
-    latency_p50_ms: float
-
-
-class Benchmark(BaseModel):
-    """What the model card needs of `benchmark.json`."""
-
-    stages: dict[str, Metrics]
+    commit: str
+    decision: Decision
 
 
 class Refs(NamedTuple):
@@ -119,54 +149,249 @@ class Refs(NamedTuple):
 
     tip: str | None
     local: bool
+    theirs: str | None  # the branch at the remote
     tags: dict[str, str]
 
-    def numbered(self, pattern: str) -> dict[tuple[int, ...], str]:
-        """The commits of the tags that match the whole pattern, by the numbers that its groups caught."""
-        matches = ((re.fullmatch(pattern, tag), commit) for tag, commit in self.tags.items())
-        return {tuple(map(int, match.groups())): commit for match, commit in matches if match}
 
-    def versions(self, model: str) -> dict[tuple[int, ...], str]:
-        return self.numbered(rf"{re.escape(model)}@v(\d+)\.(\d+)\.(\d+)")
+class Standing(NamedTuple):
+    """Where a model stands: what its decisions come to, from the first to the newest. Tags have no say in it."""
 
-    def assignments(self, model: str) -> dict[tuple[int, ...], str]:
-        return self.numbered(rf"{re.escape(model)}#{STAGE}#(\d+)")
+    latest: Link | None
+    promotions: dict[str, Link]  # by version
+    assignments: tuple[str, ...]  # the version that each promotion or rollback put into production
+    withdrawn: tuple[str, ...]  # SHA-256 of models that a rollback took out of production, and that are not back
+
+    @property
+    def production(self) -> Link | None:
+        """The promotion of the version that is in production."""
+        return self.promotions[self.assignments[-1]] if self.assignments else None
+
+    def tags(self, model: str) -> dict[str, str]:
+        """Every tag that the decisions ask for, with its commit."""
+        versions = {f"{model}@{version}": link.commit for version, link in self.promotions.items()}
+        numbered = enumerate(self.assignments, start=1)
+        return versions | {f"{model}#{STAGE}#{n}": self.promotions[version].commit for n, version in numbered}
 
 
-def record(root: Path, model: str) -> tuple[Decision, bool]:
+def record(root: Path, model: str, say: Callable[[str], None] = print) -> tuple[Decision, bool]:
     """Record the gate's verdict on `model` in the repository at `root`; say the decision and whether it is new.
 
-    The model is promoted if the verdict and every check in it passed, and refused otherwise. A verdict that is
-    the model's latest decision already is not recorded twice. `RegistryError` if a file is missing or damaged,
-    if the verdict judged another model or other data than those that lie there now, if dvc.lock does not name them,
-    or if another decision came first; then no ref has moved.
+    The model is promoted if the verdict and every check in it passed, and refused otherwise. Not recorded twice is a
+    verdict that is the model's latest decision already, nor one that passes what is in production already.
+    `Superseded` if another version has come into production since the verdict; `RegistryError` if a file is missing
+    or damaged, if the verdict judged other files than those that lie there now, or if dvc.lock does not name them.
+    Then no ref has moved.
     """
     contents = {name: _read(root / path) for name, path in CARRIED.items()}
-    verdict = _parsed(Verdict, contents["verdict.json"], paths.report("gate"))
-    _require_judged(root, verdict)
+    verdict = parsed(Verdict, contents["verdict.json"], paths.report("gate"))
+    parsed(documents.Benchmark, contents["metrics.json"], paths.report("benchmark"))
+    _require_judged(root, verdict, contents["params.yaml"])
     _require_locked(root, contents["dvc.lock"])
-    refs = _refs(root)
-    last = _latest(root, refs, model)
-    _require_tag(refs, last)
-    judged = (_sha256(contents["verdict.json"]), verdict.model_sha256, verdict.data_sha256)
-    if last and judged == (last.verdict_sha256, last.model_sha256, last.data_sha256):
-        return last, False
-    decision = _decide(root, model, verdict, judged[0], refs, last)
-    benchmark = _parsed(Benchmark, contents["metrics.json"], paths.report("benchmark"))
-    contents["decision.json"] = (decision.model_dump_json(indent=2) + "\n").encode()
-    contents["README.md"] = card(decision, verdict, benchmark, config.load(root / paths.PARAMS)).encode()
-    _publish(root, decision, contents, refs)
-    return decision, True
+    remote = config.load(root / paths.PARAMS).registry.remote
+    while True:
+        try:
+            refs = look(root, remote)
+            stands = _mended(root, refs, model, remote)
+            known = _known(root, stands, model, verdict, files.sha256_of(contents["verdict.json"]))
+            if known:
+                return known, False
+            return _record(root, model, contents, verdict, refs, stands, remote, say), True
+        except Overtaken:
+            say("another decision reached the registry first: looking at it again")
+
+
+def _mended(root: Path, refs: Refs, model: str, remote: str | None) -> Standing:
+    """Where the model stands. If the newest move lacks its tags, because it was cut off, they are made now.
+
+    `RegistryError` if a tag is elsewhere than where the decisions have it, or one of an earlier move is missing.
+    """
+    stands = standing(root, refs, model)
+    expected = stands.tags(model)
+    wrong = sorted(tag for tag, commit in expected.items() if refs.tags.get(tag, commit) != commit)
+    if wrong:
+        raise RegistryError(f"the tag {wrong[0]} is not where the registry's decisions have it: `weighin audit`")
+    missing = [tag for tag in expected if tag not in refs.tags]
+    last = stands.latest and next(iter(stands.assignments[-1:]), None)
+    newest = {f"{model}@{last}", f"{model}#{STAGE}#{len(stands.assignments)}"}
+    if set(missing) - newest:
+        raise RegistryError(
+            f"the tag {missing[0]} of a recorded decision is missing: fetch the tags, or `weighin audit`"
+        )
+    if missing:
+        moves = {f"refs/tags/{tag}": _tag(root, tag, expected[tag], stands) for tag in missing}
+        if remote:
+            _push(root, remote, moves, refs)
+            _fetch(root, remote)
+        else:
+            git.move(root, [f"create {ref} {new}" for ref, new in moves.items()], "finish a decision", {})
+    return stands
+
+
+def _tag(root: Path, tag: str, commit: str, stands: Standing) -> str:
+    """The tag object of the newest move, as it was or would have been made with it."""
+    decision = next(link.decision for link in reversed(list(stands.promotions.values())) if link.commit == commit)
+    return git.tag(root, tag, commit, _message(decision), _who(root, decision))
+
+
+def _known(root: Path, stands: Standing, model: str, verdict: Verdict, verdict_sha256: str) -> Decision | None:
+    """The decision that this verdict needs no new one for; `Superseded` if it is about another champion."""
+    last, production = stands.latest and stands.latest.decision, stands.production and stands.production.decision
+    if last and (last.verdict_sha256, last.model_sha256) == (verdict_sha256, verdict.model_sha256):
+        return last
+    if _passed(verdict) and production and production.model_sha256 == verdict.model_sha256:
+        return production
+    champion = _champion(root, stands, verdict.model_sha256, verdict.champion.bootstrap)
+    if champion != verdict.champion:
+        raise Superseded(
+            f"the verdict compared with {verdict.champion.version or 'no champion'}, but {model} "
+            f"{champion.version or 'nothing'} is in production now: judge again"
+        )
+    return None
+
+
+def _record(
+    root: Path,
+    model: str,
+    contents: dict[str, bytes],
+    verdict: Verdict,
+    refs: Refs,
+    stands: Standing,
+    remote: str | None,
+    say: Callable[[str], None],
+) -> Decision:
+    promoted, production = _passed(verdict), stands.production
+    code = _code(root)
+    if remote:
+        _require_pushed(root, remote, code)
+    signer = signing.signer(root, datetime.now(UTC), say)
+    decision = Decision(
+        model=model,
+        outcome="promoted" if promoted else "refused",
+        version=next_version(stands.promotions) if promoted else None,
+        replaces=production.decision.version if promoted and production else None,
+        reason=None,
+        code=code,
+        model_sha256=verdict.model_sha256,
+        data_sha256=verdict.data_sha256,
+        params_sha256=verdict.params_sha256,
+        code_sha256=verdict.code_sha256,
+        verdict_sha256=files.sha256_of(contents["verdict.json"]),
+        bootstrap=verdict.champion.version is None,
+        traded=verdict.comparison is not None and verdict.comparison.traded,
+        failed=tuple(check.name for check in verdict.checks if not check.passed),
+        **linked(root, refs, signer),
+    )
+    params, made_of = config.load(root / paths.PARAMS), materials.read(root, contents["dvc.lock"])
+    benchmark, environment = (
+        parsed(documents.Benchmark, contents["metrics.json"], "metrics.json"),
+        documents.environment(),
+    )
+    bundle = contents | {
+        DECISION: to_json(decision.model_dump(mode="json")),
+        "environment.json": to_json(environment),
+        "trusted_keys": (root / keys.TRUSTED).read_bytes(),
+        "bom.cdx.json": to_json(documents.bom(decision, params, benchmark, environment)),
+        "provenance.json": to_json(documents.provenance(decision, params, made_of, environment)),
+        "README.md": documents.card(decision, verdict.checks, benchmark, params).encode(),
+        **{path: (root / path).read_bytes() for path in made_of.code},
+    }
+    if remote:
+        _push_data(root, made_of.outputs, refs)
+    publish(root, decision, bundle, root / MODEL, refs, stands, remote, signer)
+    return decision
 
 
 def latest(root: Path, model: str) -> Decision | None:
     """The latest decision on `model`, or None if there is none; `RegistryError` if the branch cannot be read."""
-    return _latest(root, _refs(root), model)
+    found = standing(root, look(root), model).latest
+    return found.decision if found else None
 
 
 def production(root: Path, model: str) -> Decision | None:
-    """The decision that put `model` into production as it is now, or None; `RegistryError` if it cannot be read."""
-    return _production(root, _refs(root), model)
+    """The promotion of the version of `model` that is in production, or None; `RegistryError` if it cannot be read."""
+    found = standing(root, look(root), model).production
+    return found.decision if found else None
+
+
+def standing(root: Path, refs: Refs, model: str) -> Standing:
+    """What the decisions on `model` come to; `RegistryError` if one cannot be read."""
+    latest: Link | None = None
+    promotions: dict[str, Link] = {}
+    assignments: list[str] = []
+    withdrawn: dict[str, None] = {}
+    for link in reversed(list(chain(root, refs.tip))):
+        decision = link.decision
+        if decision.model != model:
+            continue
+        latest = link
+        if decision.version is None:
+            continue
+        if decision.outcome == "promoted":
+            promotions[decision.version] = link
+        if decision.version not in promotions:
+            raise RegistryError(f"the rollback {link.commit} goes to {decision.version}, which was never promoted")
+        withdrawn.pop(decision.model_sha256, None)
+        if decision.outcome == "rolled-back" and decision.replaces in promotions:
+            withdrawn[promotions[decision.replaces].decision.model_sha256] = None
+        assignments.append(decision.version)
+    return Standing(latest, promotions, tuple(assignments), tuple(withdrawn))
+
+
+def chain(root: Path, tip: str | None) -> Iterator[Link]:
+    """Every decision from the tip back to the first; `RegistryError` if one cannot be read."""
+    with Objects(root) as objects:
+        while tip:
+            name = f"{tip}:{DECISION}"
+            decision = parsed(Decision, objects.read(name), name)
+            yield Link(tip, decision)
+            tip = decision.previous
+
+
+def lay_champion(root: Path, model: str, challenger_sha256: str, bootstrap: bool) -> Champion:
+    """Lay the champion that this challenger has to face in data/champion: its record and, if there is one, its model.
+
+    That is the version in production or, where the challenger is in production itself, the one that it faced before.
+    `RegistryError` if the champion's file cannot be brought or is not what was recorded.
+    """
+    remote = config.load(root / paths.PARAMS).registry.remote
+    stands = standing(root, look(root, remote), model)
+    champion = _champion(root, stands, challenger_sha256, bootstrap)
+    target = root / paths.CHAMPION_MODEL
+    there = files.sha256(target) if target.exists() else None
+    text = champion.model_dump_json(indent=2) + "\n"
+    if there == champion.model_sha256 and _same(root / paths.CHAMPION_RECORD, text):
+        return champion
+    with files.replacing(root / paths.CHAMPION) as (folder,):
+        folder.mkdir()
+        if champion.version and champion.model_sha256 == there:
+            shutil.copy(target, folder / target.name)
+        elif champion.version:
+            commit = stands.promotions[champion.version].commit
+            bring(root, commit, MODEL, folder / target.name, f"{model}@{champion.version}")
+            if files.sha256(folder / target.name) != champion.model_sha256:
+                raise RegistryError(f"{MODEL} of {model}@{champion.version} is not what was recorded: `weighin audit`")
+        (folder / paths.CHAMPION_RECORD.name).write_text(text)
+    return champion
+
+
+def _same(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text() == text
+
+
+def _champion(root: Path, stands: Standing, challenger_sha256: str, bootstrap: bool) -> Champion:
+    production = stands.production
+    if production is None:
+        return Champion(version=None, model_sha256=None, withdrawn=(), bootstrap=bootstrap)
+    if production.decision.model_sha256 == challenger_sha256:
+        name = f"{production.commit}:champion.json"
+        with Objects(root) as objects:
+            return parsed(Champion, objects.read(name), name)
+    return Champion(
+        version=production.decision.version,
+        model_sha256=production.decision.model_sha256,
+        withdrawn=stands.withdrawn,
+        bootstrap=False,
+    )
 
 
 def fetch(root: Path, model: str, path: Path, target: Path) -> str:
@@ -175,80 +400,40 @@ def fetch(root: Path, model: str, path: Path, target: Path) -> str:
     The file comes through DVC, out of its cache or its remote. `RegistryError` if nothing is in production, if
     the file cannot be brought, or if what was brought is not what was recorded; then `target` is as it was.
     """
+    found = standing(root, look(root), model).production
+    if found is None or found.decision.version is None:
+        raise RegistryError(f"{model} has no version in production: promote one first")
+    bring(root, found.commit, path, target, f"{model}@{found.decision.version}")
+    return found.decision.version
+
+
+def bring(root: Path, commit: str, path: Path, target: Path, name: str) -> None:
+    """Copy `path` of a registry commit to `target` through DVC; `name` is what messages call the commit."""
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
 
-    refs = _refs(root)
-    decision = _production(root, refs, model)
-    if decision is None or decision.version is None:
-        raise RegistryError(f"{model} has no version in production: promote one first")
-    commit = refs.assignments(model)[max(refs.assignments(model))]
     try:
         dvc = DVCFileSystem(url=str(root), rev=commit)
         with files.replacing(target) as (temporary,):
             dvc.get_file(path.as_posix(), str(temporary))
-            _require_recorded(temporary, dvc.info(path.as_posix()).get("md5"), f"{path} of {model}@{decision.version}")
+            _require_recorded(temporary, dvc.info(path.as_posix()).get("md5"), f"{path} of {name}")
     except (DvcException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise RegistryError(f"{path} of {model}@{decision.version} cannot be brought: {reason}") from None
-    return decision.version
+        raise RegistryError(f"{path} of {name} cannot be brought: {reason}") from None
 
 
 def is_committed(root: Path, path: Path) -> bool:
     """Whether the file at `path` is in the repository's HEAD as it is now."""
-    return _git(root, "--no-optional-locks", "status", "--porcelain", "--ignored", "--", path.as_posix()) == ""
+    return git.git(root, "--no-optional-locks", "status", "--porcelain", "--ignored", "--", path.as_posix()) == ""
 
 
-def card(decision: Decision, verdict: Verdict, benchmark: Benchmark, params: config.Params) -> str:
-    """The model card, Markdown."""
-    side, code, ingest = params.finetune.image_size, decision.code, params.ingest
-    return "\n".join(
-        [
-            f"# {decision.model} {decision.version or '(refused)'}",
-            "",
-            f"{decision.outcome.capitalize()} on {decision.created}"
-            + (f", in place of {decision.replaces}." if decision.replaces else "."),
-            "",
-            "## Intended input",
-            "",
-            f"Images scaled to {side}x{side} pixels, each of one class: {', '.join(params.classes)}.",
-            "",
-            "## Stages",
-            "",
-            *_table("stage", "top-1", "size", "latency (p50)"),
-            *(
-                _row(name, f"{stage.top1:.2%}", f"{stage.size_bytes:,} B", f"{stage.latency_p50_ms:.3f} ms")
-                for name, stage in benchmark.stages.items()
-            ),
-            "",
-            "## Checks",
-            "",
-            *_table("check", "value", "operator", "limit", "passed"),
-            *(
-                _row(check.name, check.value, check.operator, check.limit, "yes" if check.passed else "no")
-                for check in verdict.checks
-            ),
-            "",
-            "## Provenance",
-            "",
-            f"- model SHA-256: `{decision.model_sha256}`",
-            f"- test data SHA-256: `{decision.data_sha256}`",
-            f"- code: commit `{code.commit}`" + (" with changes that are not committed" if code.dirty else ""),
-            f"- images: `{ingest.path}` ({ingest.kind})",
-            f"- starting weights: `{params.finetune.backbone}` ({params.finetune.weights.source})",
-            "- licence: the terms of these images and starting weights hold for the model made from them",
-            "",
-        ]
-    )
+def _passed(verdict: Verdict) -> bool:
+    return verdict.passed and all(check.passed for check in verdict.checks)
 
 
-def _table(*names: str) -> tuple[str, str]:
-    return _row(*names), _row(*["---"] * len(names))
-
-
-def _row(*cells: Any) -> str:
-    texts = (f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells)
-    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+def to_json(content: Any) -> bytes:
+    """JSON as the registry's files have it."""
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _read(path: Path) -> bytes:
@@ -258,7 +443,8 @@ def _read(path: Path) -> bytes:
         raise RegistryError(f"{path} is missing, so there is nothing to decide on: run the pipeline first") from None
 
 
-def _parsed(kind: type[Document], data: bytes | str, name: Path | str) -> Document:
+def parsed(kind: type[Document], data: bytes | str, name: Path | str) -> Document:
+    """A document of that kind; `RegistryError` with its name and the first thing wrong in it."""
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
@@ -267,194 +453,232 @@ def _parsed(kind: type[Document], data: bytes | str, name: Path | str) -> Docume
         raise RegistryError(f"{name} is malformed: {where and where + ': '}{first['msg']}") from None
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _require_judged(root: Path, verdict: Verdict) -> None:
+def _require_judged(root: Path, verdict: Verdict, params: bytes) -> None:
     for path, sha256, other in (
-        (paths.onnx("reduce"), verdict.model_sha256, "another model"),
+        (MODEL, verdict.model_sha256, "another model"),
         (paths.TEST, verdict.data_sha256, "other data"),
     ):
         if not (root / path).is_file():
             raise RegistryError(f"{root / path} is missing: `dvc checkout` brings it back")
         if files.sha256(root / path) != sha256:
             raise RegistryError(f"the verdict judged {other} than {path} is now: run the pipeline again")
+    if files.sha256_of(params) != verdict.params_sha256:
+        raise RegistryError(f"the verdict judged other parameters than {paths.PARAMS} has now: run the pipeline again")
+    if files.digest(materials.code(root)) != verdict.code_sha256:
+        raise RegistryError(f"the verdict judged other code than {materials.CODE} has now: run the pipeline again")
 
 
 def _require_locked(root: Path, lock: bytes) -> None:
     # The lock is how the decided files are brought back, so it must name these very files.
-    from ruamel.yaml import YAML
-
-    stages = (YAML(typ="safe").load(lock.decode()) or {}).get("stages", {})
-    recorded = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}
-    for path in (paths.onnx("reduce"), paths.TEST, paths.report("benchmark"), paths.report("gate")):
-        if recorded.get(path.as_posix()) != _md5(root / path):
+    recorded = {out["path"]: out["md5"] for _, out in materials.locked(lock)}
+    for path in (MODEL, paths.TEST, paths.report("benchmark"), paths.report("gate")):
+        if recorded.get(path.as_posix()) != materials.hashes(root / path)[0]:
             raise RegistryError(f"dvc.lock does not name {path} as it is now: run the pipeline again, or `dvc commit`")
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def _require_tag(refs: Refs, last: Decision | None) -> None:
-    # A clone without tags, or one whose tag was taken away, would give the same version out again.
-    if last and last.version and f"{last.model}@{last.version}" not in refs.tags:
-        raise RegistryError(f"the tag {last.model}@{last.version} of a recorded promotion is missing: fetch the tags")
 
 
 def _require_recorded(path: Path, md5: str | None, name: str) -> None:
     # DVC takes a cache object for intact if its size and time are, so the check is made here.
-    found = _md5(path)
+    found = materials.hashes(path)[0]
     if md5 is not None and found != md5:
         raise RegistryError(f"{name} is damaged in DVC's cache (md5 {found}, recorded {md5})")
 
 
-def _decide(
-    root: Path, model: str, verdict: Verdict, verdict_sha256: str, refs: Refs, last: Decision | None
-) -> Decision:
-    failed = tuple(check.name for check in verdict.checks if not check.passed)
-    promoted = verdict.passed and not failed
-    before = _production(root, refs, model)
-    return Decision(
-        model=model,
-        outcome="promoted" if promoted else "refused",
-        version=_next_version(refs, model) if promoted else None,
-        previous=refs.tip,
-        replaces=before.version if promoted and before else None,
-        created=_created(last),
-        code=_code(root),
-        model_sha256=verdict.model_sha256,
-        data_sha256=verdict.data_sha256,
-        verdict_sha256=verdict_sha256,
-        failed=failed,
-    )
+def _require_pushed(root: Path, remote: str, code: Code) -> None:
+    # Others could neither read nor run a revision that only this machine has.
+    where = f"refs/remotes/{remote}"
+    if not git.git(root, "for-each-ref", "--count=1", f"--contains={code.commit}", "--format=%(refname)", where):
+        raise RegistryError(f"commit {code.commit} is not at {remote}: push it, so that others can audit the decision")
 
 
-def _created(last: Decision | None) -> str:
-    # GTO orders tags by their second, so a model's decisions never share one, nor go back with the clock.
-    now = datetime.now(UTC)
-    if last:
+def linked(root: Path, refs: Refs, signer: signing.Signer) -> dict[str, Any]:
+    """What every decision says of its place in the chain, its time, and who made it."""
+    now, before = datetime.now(UTC), None
+    if refs.tip:
+        with Objects(root) as objects:
+            last = parsed(Decision, objects.read(f"{refs.tip}:{DECISION}"), f"{refs.tip}:{DECISION}")
+            before = files.sha256_of(objects.read(f"{refs.tip}:{SIGNATURE}"))
+        # GTO orders tags by their second, so decisions never share one, nor go back with the clock.
         now = max(now, datetime.fromisoformat(last.created) + timedelta(seconds=1))
-    return now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    who = git.git(root, "var", "GIT_AUTHOR_IDENT", env=git.identity(root))
+    return {
+        "previous": refs.tip,
+        "previous_sha256": before,
+        "created": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "by": who.rsplit(" ", 2)[0],
+        "signer": signer.fingerprint,
+    }
 
 
-def _next_version(refs: Refs, model: str) -> str:
-    major, minor, _ = max(refs.versions(model), default=(0, 0, 0))
+def next_version(versions: Iterable[str]) -> str:
+    """The version after these."""
+    major, minor, _ = max((tuple(map(int, one[1:].split("."))) for one in versions), default=(0, 0, 0))
     return f"v{major}.{minor + 1}.0"
+
+
+def is_tag(tag: str, models: tuple[str, ...]) -> bool:
+    """Whether a tag of that name speaks of a version or of the production of one of these models."""
+    pattern = rf"({'|'.join(map(re.escape, models))})(@v\d+\.\d+\.\d+|#{STAGE}#\d+)"
+    return re.fullmatch(pattern, tag) is not None
 
 
 def _code(root: Path) -> Code:
     try:
-        commit = _git(root, "rev-parse", "--verify", "HEAD^{commit}")
+        commit = git.git(root, "rev-parse", "--verify", "HEAD^{commit}")
     except RegistryError:
         raise RegistryError(f"{root} has no commit yet: commit the project, so that decisions can name it") from None
-    carried = (f":(exclude){path.as_posix()}" for path in CARRIED.values())
+    carried = (f":(exclude){path.as_posix()}" for path in (*CARRIED.values(), keys.TRUSTED))
     # Without the optional lock, git status does not refresh the user's index.
-    changes = _git(
+    changes = git.git(
         root, "--no-optional-locks", "status", "--porcelain", "--untracked-files=normal", "--", ".", *carried
     )
     return Code(commit=commit, dirty=changes != "")
 
 
-def _refs(root: Path) -> Refs:
+def look(root: Path, remote: str | None = None) -> Refs:
+    """The registry's refs; with a remote as they are there, and what was missing here has been fetched.
+
+    `RegistryError` if the remote cannot be reached, or if this registry and that one have parted ways.
+    """
+    theirs = _fetch(root, remote) if remote else None
     fields = "%(refname) %(objectname) %(*objectname)"  # the last is the commit of an annotated tag
-    lines = _git(root, "for-each-ref", f"--format={fields}", BRANCH, UPSTREAM, "refs/tags").splitlines()
+    upstream = f"refs/remotes/{remote or 'origin'}/registry"  # all that a fresh clone has of it
+    lines = git.git(root, "for-each-ref", f"--format={fields}", BRANCH, upstream, "refs/tags").splitlines()
     commits = {name: last for name, *_, last in map(str.split, lines)}
     tags = {
         name.removeprefix("refs/tags/"): commit for name, commit in commits.items() if name.startswith("refs/tags/")
     }
-    return Refs(commits.get(BRANCH, commits.get(UPSTREAM)), BRANCH in commits, tags)
+    return Refs(commits.get(BRANCH, commits.get(upstream)), BRANCH in commits, theirs, tags)
 
 
-def _latest(root: Path, refs: Refs, model: str) -> Decision | None:
-    commit = refs.tip
-    while commit:
-        decision = _decision(root, commit)
-        if decision.model == model:
-            return decision
-        commit = decision.previous
-    return None
-
-
-def _production(root: Path, refs: Refs, model: str) -> Decision | None:
-    assignments = refs.assignments(model)
-    return _decision(root, assignments[max(assignments)]) if assignments else None
-
-
-def _decision(root: Path, commit: str) -> Decision:
-    name = f"{commit}:decision.json"
-    return _parsed(Decision, _git(root, "cat-file", "blob", name), name)
-
-
-def _publish(root: Path, decision: Decision, contents: dict[str, bytes], refs: Refs) -> None:
-    who = _identity(root) | {"GIT_AUTHOR_DATE": decision.created, "GIT_COMMITTER_DATE": decision.created}
-    parent = ("-p", refs.tip) if refs.tip else ()
-    message = f"{decision.model}: {decision.outcome} {decision.version or ', '.join(decision.failed)}".strip()
-    tree = _tree(root, contents)
-    commit = _git(root, "commit-tree", tree, *parent, stdin=message.encode(), env=who)
-    moves = [f"update {BRANCH} {commit} {refs.tip}" if refs.local else f"create {BRANCH} {commit}"]
-    if decision.version:
-        (assigned,) = max(refs.assignments(decision.model), default=(0,))
-        for tag in (f"{decision.model}@{decision.version}", f"{decision.model}#{STAGE}#{assigned + 1}"):
-            moves.append(f"create refs/tags/{tag} {_tag(root, tag, commit, message, who)}")
-    _move(root, moves, message, who)
-
-
-def _identity(root: Path) -> dict[str, str]:
-    """Names for the author and committer where git has none, as on a fresh runner."""
-    names: dict[str, str] = {}
-    for role in ("AUTHOR", "COMMITTER"):
-        try:
-            _git(root, "var", f"GIT_{role}_IDENT")
-        except RegistryError:
-            names |= {f"GIT_{role}_NAME": "Weighin", f"GIT_{role}_EMAIL": "weighin@localhost"}
-    return names
-
-
-def _tree(root: Path, contents: dict[str, bytes]) -> str:
-    folders: dict[str, list[str]] = {"": [], ".dvc": []}
-    for name, data in contents.items():
-        folder, _, leaf = name.rpartition("/")
-        blob = _git(root, "hash-object", "-w", "--stdin", stdin=data)
-        folders[folder].append(f"100644 blob {blob}\t{leaf}\n")
-    inner = _git(root, "mktree", stdin="".join(folders[".dvc"]).encode())
-    return _git(root, "mktree", stdin="".join([*folders[""], f"040000 tree {inner}\t.dvc\n"]).encode())
-
-
-def _tag(root: Path, tag: str, commit: str, message: str, who: dict[str, str]) -> str:
-    tagger = _git(root, "var", "GIT_COMMITTER_IDENT", env=who)
-    content = f"object {commit}\ntype commit\ntag {tag}\ntagger {tagger}\n\n{message}\n"
-    return _git(root, "mktag", stdin=content.encode(), env=who)
-
-
-def _move(root: Path, moves: list[str], message: str, who: dict[str, str]) -> None:
-    """Move the refs, all of them or none: each move names the value it expects, so a lost race is refused."""
-    transaction = "\n".join(["start", *moves, "prepare", "commit", ""])
-    try:
-        _git(root, "update-ref", "-m", message, "--stdin", stdin=transaction.encode(), env=who)
-    except RegistryError as error:
-        if not any(sign in str(error) for sign in ("but expected", "already exists", "File exists")):
-            raise
+def _fetch(root: Path, remote: str) -> str | None:
+    """Bring the remote's branches and tags, and move the branch `registry` forward to where it is there; says where."""
+    git.git(root, "fetch", "--quiet", "--tags", remote, f"+refs/heads/*:refs/remotes/{remote}/*")
+    theirs = git.git(root, "ls-remote", "--refs", remote, BRANCH).partition("\t")[0] or None
+    ours = _commit(root, BRANCH)
+    if theirs is None or ours == theirs:
+        return theirs
+    if ours is None:
+        git.move(root, [f"create {BRANCH} {theirs}"], f"fetch {remote}", {})
+        return theirs
+    base = git.git(root, "merge-base", ours, theirs)
+    if base == ours:
+        git.move(root, [f"update {BRANCH} {theirs} {ours}"], f"fetch {remote}", {})
+    elif base != theirs:
         raise RegistryError(
-            f"another decision reached the registry first, so this one was not recorded: decide again ({error})"
-        ) from None
+            f"the branch registry here ({ours[:12]}) and at {remote} ({theirs[:12]}) have parted ways: "
+            "`weighin audit` tells which one holds"
+        )
+    return theirs
 
 
-def _git(root: Path, *args: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> str:
-    """What git says, without the last newline; `RegistryError` with git's own words if it fails."""
-    settings = [word for setting in SETTINGS for word in ("-c", setting)]
-    kept = {name: value for name, value in os.environ.items() if name not in INHERITED}
-    done = subprocess.run(
-        ["git", "-C", str(root), *settings, *args],
-        input=stdin,
-        capture_output=True,
-        check=False,
-        env=kept | {"LC_ALL": "C"} | (env or {}),
-    )
-    if done.returncode:
-        said = " ".join(done.stderr.decode(errors="replace").split()).replace("fatal: ", "")[:300]
-        verb = next(arg for arg in args if not arg.startswith("-"))
-        raise RegistryError(f"git {verb} did not work in {root}: {said or f'status {done.returncode}'}")
-    return done.stdout.decode(errors="replace").strip()
+def _commit(root: Path, ref: str) -> str | None:
+    return git.git(root, "for-each-ref", "--format=%(objectname)", ref) or None
+
+
+def publish(
+    root: Path,
+    decision: Decision,
+    bundle: dict[str, bytes],
+    model: Path,
+    refs: Refs,
+    stands: Standing,
+    remote: str | None,
+    signer: signing.Signer,
+) -> str:
+    """Sign the bundle with the model, commit it, and move branch and tags; says the commit.
+
+    `Overtaken` if another decision came first; `RegistryError` if a tag is in the way. Then no ref has moved.
+    """
+    message, who = _message(decision), _who(root, decision)
+    with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
+        folder = Path(scratch)
+        for name, data in bundle.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+        shutil.copy(model, folder / MODEL.name)
+        signer.sign_folder(folder, folder / SIGNATURE)
+        (folder / MODEL.name).unlink()
+        tree = git.tree(root, folder)
+    commit = _signed_commit(root, tree, refs.tip, message, who, signer)
+    # The branch first: if git is killed between two refs, the tags follow from it (`_mended`), not it from them.
+    moves = {BRANCH: commit}
+    if decision.version:
+        promotion = stands.promotions.get(decision.version)
+        target = promotion.commit if promotion else commit
+        tags = [f"{decision.model}#{STAGE}#{len(stands.assignments) + 1}"]
+        tags += [] if promotion else [f"{decision.model}@{decision.version}"]
+        for tag in tags:
+            if tag in refs.tags:
+                raise RegistryError(f"there is a tag {tag} already, and no decision has it: `weighin audit`")
+            moves[f"refs/tags/{tag}"] = git.tag(root, tag, target, message, who)
+    if remote:
+        _push(root, remote, moves, refs)
+        _fetch(root, remote)
+    else:
+        expected = {BRANCH: refs.tip} if refs.local else {}
+        steps = (
+            f"update {ref} {new} {expected[ref]}" if ref in expected else f"create {ref} {new}"
+            for ref, new in moves.items()
+        )
+        git.move(root, list(steps), message, who)
+    return commit
+
+
+def _message(decision: Decision) -> str:
+    return f"{decision.model}: {decision.outcome} {decision.version or ', '.join(decision.failed)}".strip()
+
+
+def _who(root: Path, decision: Decision) -> dict[str, str]:
+    dates = {"GIT_AUTHOR_DATE": decision.created, "GIT_COMMITTER_DATE": decision.created}
+    return git.identity(root) | dates
+
+
+def _signed_commit(
+    root: Path, tree: str, parent: str | None, message: str, who: dict[str, str], signer: signing.Signer
+) -> str:
+    author, committer = (git.git(root, "var", f"GIT_{role}_IDENT", env=who) for role in ("AUTHOR", "COMMITTER"))
+    lines = [f"tree {tree}", *([f"parent {parent}"] if parent else []), f"author {author}", f"committer {committer}"]
+    payload = "\n".join([*lines, "", message, ""]).encode()
+    signed = signing.join_commit(payload, signer.sign_commit(payload))
+    return git.git(root, "hash-object", "-t", "commit", "-w", "--stdin", stdin=signed)
+
+
+def _push(root: Path, remote: str, moves: dict[str, str], refs: Refs) -> None:
+    """Move the refs at the remote, all or none, if they are there what they were when we looked.
+
+    Tags of earlier decisions that the remote lacks go along, as when the registry was kept here only until now.
+    """
+    listed = git.git(root, "ls-remote", "--refs", remote, "refs/tags/*").split()[1::2]
+    decided = {link.commit for link in chain(root, refs.tip)}
+    names = (f"refs/tags/{tag}" for tag, commit in refs.tags.items() if commit in decided)
+    older = {ref: ref for ref in names if ref not in listed}
+    leases = [f"--force-with-lease={ref}:{refs.theirs or '' if ref == BRANCH else ''}" for ref in (*moves, *older)]
+    specs = [f"{new}:{ref}" for ref, new in (moves | older).items()]
+    git.git(root, "push", "--quiet", "--atomic", *leases, remote, *specs)
+
+
+def _push_data(root: Path, outputs: Iterable[materials.Material], refs: Refs) -> None:
+    """Bring every output to DVC's remote, so that the pointer never points to what others cannot have.
+
+    Those of earlier decisions that the git remote lacks go along.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    wanted = {one.md5: one.path for one in outputs}
+    earlier = git.git(root, "rev-list", refs.tip, *([f"^{refs.theirs}"] if refs.theirs else [])) if refs.tip else ""
+    with Objects(root) as objects:
+        for commit in earlier.split():
+            made_of = documents.materials_of(json.loads(objects.read(f"{commit}:provenance.json")))
+            wanted |= {one.md5: one.path for one in made_of.outputs}
+    try:
+        with Repo(str(root)) as repo:
+            result = repo.cloud.push([HashInfo("md5", name) for name in wanted])
+    except DvcException as error:
+        raise RegistryError(f"the outputs did not reach DVC's remote: {' '.join(str(error).split())}") from None
+    if result.failed:
+        lost = min(wanted[one.value] for one in result.failed)
+        raise RegistryError(
+            f"{lost} did not reach DVC's remote ({len(result.failed)} in all): it may lack in the cache"
+        )

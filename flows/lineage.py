@@ -1,0 +1,108 @@
+"""Lineage: from a version back to all that it was made of, and from a data file forward to every model that saw it."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from flows.audit import named
+from tasks.core import config, documents, files, git, materials, paths, registry
+from tasks.core.errors import RegistryError
+from tasks.core.materials import Materials
+from tasks.core.registry import DECISION, Decision
+
+
+def backward(root: Path, model: str, version: str) -> list[dict[str, Any]]:
+    """What the version was made of, and what the model was made of that it was warmed from, and so on; newest first.
+
+    Each has `version`, `commit`, `created`, `code`, `params`, `model_sha256`, `data_sha256`, `sources`, `artifacts`
+    (SHA-256 by path) and `weights`, what training began with. `RegistryError` if there is no such version.
+    """
+    tags, steps = registry.look(root).tags, []
+    wanted: str | None = f"{model}@{version}"
+    with git.Objects(root) as objects:
+        while wanted:
+            if wanted not in tags:
+                raise RegistryError(f"the registry has no version {wanted}: `gto show` lists those that there are")
+            commit = tags[wanted]
+            decision, made_of = _of(objects, commit)
+            params = config.read(objects.read(f"{commit}:params.yaml"), Path(f"{commit[:12]}:params.yaml"))
+            steps.append(
+                {
+                    "version": wanted,
+                    "commit": commit,
+                    "created": decision.created,
+                    "code": decision.code.model_dump(),
+                    "params": params.model_dump(mode="json", by_alias=True),
+                    "model_sha256": decision.model_sha256,
+                    "data_sha256": decision.data_sha256,
+                    "sources": materials.listed(root, made_of),
+                    "artifacts": {one.path: one.sha256 for one in made_of.outputs},
+                    "weights": made_of.weights,
+                }
+            )
+            weights = made_of.weights
+            wanted = f"{weights['model']}@{weights['version']}" if weights.get("source") == "production" else None
+    return steps
+
+
+def forward(root: Path, file: Path) -> list[dict[str, str]]:
+    """Every decision whose model saw the file, newest first: a source file, or one image by its path in the source.
+
+    Each has `decision`, `outcome`, `path`, and `split`: which of train, val and test the image was in, or `all` for a
+    source file that holds many. The same bytes under another name count too. An image is found in the manifest, in
+    DVC's cache; `RegistryError` if that is missing, or if there is no registry.
+    """
+    if (root / file).is_dir():
+        raise RegistryError(f"{file} is a folder: name one file in it")
+    sha256 = files.sha256(root / file) if (root / file).is_file() else None
+    tip, seen = registry.look(root).tip, {}
+    if tip is None:
+        raise RegistryError(f"{root} has no branch registry: nothing has been decided yet, or it was not fetched")
+    cached, rows = materials.cache(root), []
+    with git.Objects(root) as objects:
+        for link in registry.chain(root, tip):
+            if link.decision.outcome == "rolled-back":
+                continue
+            _, made_of = _of(objects, link.commit)
+            manifest = next(one for one in made_of.outputs if one.path == paths.MANIFEST.as_posix())
+            if manifest.md5 not in seen:
+                seen[manifest.md5] = _images(cached(manifest.md5), manifest, file, sha256)
+            found = seen[manifest.md5] or _files(materials.listed(root, made_of), file, sha256)
+            what = {"decision": named(link.commit, link.decision), "outcome": link.decision.outcome}
+            rows += [what | {"path": path, "split": split} for path, split in found]
+    return rows
+
+
+def _of(objects: git.Objects, commit: str) -> tuple[Decision, Materials]:
+    decision = registry.parsed(Decision, objects.read(f"{commit}:{DECISION}"), f"{commit}:{DECISION}")
+    return decision, documents.materials_of(json.loads(objects.read(f"{commit}:provenance.json")))
+
+
+def _files(sources: dict[str, str], file: Path, sha256: str | None) -> list[tuple[str, str]]:
+    return [(path, "all") for path, one in sources.items() if path == file.as_posix() or one == sha256]
+
+
+def _images(path: Path, manifest: materials.Material, file: Path, sha256: str | None) -> list[tuple[str, str]]:
+    """The rows of a manifest that are this image: its path in the source and its split."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise RegistryError(
+            f"{manifest.path} (md5 {manifest.md5}) is not in DVC's cache: `dvc fetch` it first"
+        ) from None
+    if files.sha256_of(data) != manifest.sha256:
+        raise RegistryError(f"{manifest.path} in DVC's cache ({path}) is not what was recorded: `weighin audit`")
+    table = pq.read_table(io.BytesIO(data), columns=["path", "sha256", "split"]).to_pylist()
+    return [
+        (row["path"], row["split"] or "set aside")
+        for row in table
+        if row["sha256"] == sha256 or file.as_posix() in (row["path"], *_outside(row["path"], file))
+    ]
+
+
+def _outside(path: str, file: Path) -> list[str]:
+    # The manifest has paths from the source's folder, people give them from the repository's root.
+    return [file.as_posix()] if file.as_posix().endswith(f"/{path}") else []

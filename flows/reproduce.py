@@ -1,0 +1,173 @@
+"""Reproduction: the whole of a version once more, from its code, parameters and data, and compared with the record."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from tasks.core import config, documents, files, git, materials, paths, registry
+from tasks.core.errors import RegistryError
+from tasks.core.materials import Materials
+from tasks.core.registry import DECISION, Decision
+
+# What is measured anew each time: it cannot be the same to the byte, and what is not time or memory in it comes from
+# files that are compared. Data Docs carry the time at which they were made.
+MEASURED = (paths.report("benchmark"), paths.report("gate"), paths.METRICS, paths.STAGES, paths.DATA_DOCS)
+KIND = ("processor", "platform", "python", "packages")
+
+
+class Comparison(NamedTuple):
+    """One artifact: recorded and reproduced SHA-256; None if it was not made again."""
+
+    stage: str
+    path: str
+    recorded: str
+    reproduced: str | None
+
+    @property
+    def same(self) -> bool:
+        return self.recorded == self.reproduced
+
+
+class Result(NamedTuple):
+    """How a reproduction went. `differs` tells in what the machine is another kind; then top-1 decides."""
+
+    holds: bool
+    differs: list[str]
+    top1_recorded: float
+    top1_reproduced: float
+    tolerance: float
+    artifacts: list[Comparison]
+
+    @property
+    def first(self) -> Comparison | None:
+        """The first artifact, in the order of the stages, that is not the same."""
+        return next((one for one in self.artifacts if not one.same), None)
+
+
+def reproduce(root: Path, model: str, version: str, say: Callable[[str], None] = print) -> Result:
+    """Run the whole pipeline again as `version` had it, in a clean worktree with an empty cache, and compare.
+
+    Byte for byte where machine and packages are of the same kind; otherwise the reduced model's top-1 has to be within
+    the tolerance that the record states. `RegistryError` if something that it was made of cannot be had.
+    """
+    tag = f"{model}@{version}"
+    commit = registry.look(root).tags.get(tag)
+    if commit is None:
+        raise RegistryError(f"the registry has no version {tag}: `gto show` lists those that there are")
+    record = git.files(root, commit)
+    decision = registry.parsed(Decision, record[DECISION], DECISION)
+    made_of = documents.materials_of(json.loads(record["provenance.json"]))
+    params = config.read(record["params.yaml"], Path(f"{commit[:12]}:params.yaml"))
+    with _worktree(root, decision) as clean:
+        for path in ("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config", *made_of.code):
+            if path not in record:
+                raise RegistryError(f"the record of {tag} lacks {path}: `weighin audit {version}`")
+            files.write_bytes(clean / path, record[path])
+        _lay_champion(root, model, record, clean)
+        _bring_sources(root, clean, params.ingest.path, made_of)
+        say(f"reproducing {tag} in {clean}")
+        _run(clean, say)
+        return _compare(clean, record, made_of, params)
+
+
+@contextmanager
+def _worktree(root: Path, decision: Decision) -> Iterator[Path]:
+    """A clean worktree at the decision's code, gone afterwards; the record's own files are laid over it."""
+    with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
+        clean = Path(scratch) / "worktree"
+        try:
+            git.git(root, "worktree", "add", "--quiet", "--detach", str(clean), str(decision.code.commit))
+        except RegistryError as error:
+            raise RegistryError(
+                f"the code of this version, commit {decision.code.commit}, is not here: {error}"
+            ) from None
+        try:
+            local = root / ".dvc" / "config.local"
+            if local.exists():
+                shutil.copy(local, clean / ".dvc" / "config.local")
+            yield clean
+        finally:
+            git.git(root, "worktree", "remove", "--force", str(clean))
+
+
+def _lay_champion(root: Path, model: str, record: dict[str, bytes], clean: Path) -> None:
+    champion = registry.parsed(registry.Champion, record["champion.json"], "champion.json")
+    files.write_bytes(clean / paths.CHAMPION_RECORD, record["champion.json"])
+    if champion.version:
+        commit = registry.look(root).tags[f"{model}@{champion.version}"]
+        registry.bring(root, commit, registry.MODEL, clean / paths.CHAMPION_MODEL, f"{model}@{champion.version}")
+
+
+def _bring_sources(root: Path, clean: Path, source: str, made_of: Materials) -> None:
+    """The source files as they were: from git, else from DVC's remote, else from here; each is verified."""
+    if not (clean / source).exists() and (clean / f"{source}.dvc").exists():
+        _call(clean, "pull", f"{source}.dvc")
+    for path, sha256 in materials.listed(root, made_of).items():
+        inside = (clean / path).resolve().is_relative_to(clean.resolve())
+        if inside and not (clean / path).exists() and (root / path).is_file():
+            (clean / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / path, clean / path)
+        found = files.sha256(clean / path) if (clean / path).is_file() else "missing"
+        if found != sha256:
+            raise RegistryError(f"{path} is not what the version was made of: SHA-256 {sha256} recorded, {found} found")
+
+
+def _run(clean: Path, say: Callable[[str], None]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "--force", "--no-run-cache", "gate"],
+        cwd=clean,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=_environment(),
+    )
+    with process:
+        lines = []
+        for line in process.stdout or ():
+            lines.append(line.rstrip())
+            say(line.rstrip())
+    if process.returncode:
+        told = [line for line in lines if line.startswith(("error: ", "ERROR: "))] or lines[-1:]
+        raise RegistryError(f"the version does not run again: {told[0] if told else 'it ended without a word'}")
+
+
+def _call(clean: Path, *args: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *args], cwd=clean, capture_output=True, text=True, check=False, env=_environment()
+    )
+    if done.returncode:
+        raise RegistryError(f"dvc {' '.join(args)} did not work: {(done.stderr.strip().splitlines() or [''])[-1]}")
+
+
+def _environment() -> dict[str, str]:
+    from flows.stage import ENVIRONMENT  # brings Prefect
+
+    found = os.environ.get("PATH", "")
+    return {**os.environ, **ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{found}"}
+
+
+def _compare(clean: Path, record: dict[str, bytes], made_of: Materials, params: config.Params) -> Result:
+    now, then = documents.environment(), json.loads(record["environment.json"])
+    differs = [name for name in KIND if now.get(name) != then.get(name)]
+    compared = [one for one in made_of.outputs if not any(Path(one.path).is_relative_to(path) for path in MEASURED)]
+    artifacts = [
+        Comparison(
+            one.stage, one.path, one.sha256, files.sha256(clean / one.path) if (clean / one.path).is_file() else None
+        )
+        for one in compared
+        if not one.md5.endswith(".dir")
+    ]
+    before = json.loads(record["metrics.json"])["stages"]["reduce"]["top1"]
+    after = files.read_json(clean / paths.report("benchmark"))["stages"]["reduce"]["top1"]
+    tolerance = params.registry.reproduce_tolerance
+    same = all(one.same for one in artifacts)
+    holds = same or (bool(differs) and abs(after - before) <= tolerance)
+    return Result(holds, differs, before, after, tolerance, artifacts)

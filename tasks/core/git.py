@@ -1,0 +1,171 @@
+"""git by its plumbing: objects read in one process, written bare, and refs moved all at once or not at all.
+
+The user's branch, index and work tree are never touched. What goes wrong is a `RegistryError` with git's own words.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from tasks.core.errors import RegistryError
+
+# Settings of the user that could stop a decision or change its bytes; older gits pass over the ones they do not know.
+SETTINGS = (
+    "core.fsync=objects,reference",
+    f"core.hooksPath={os.devnull}",
+    "i18n.commitEncoding=UTF-8",
+    "push.gpgSign=false",
+)
+# Set while git runs a hook or an alias; with them, git would work on that repository, whatever the root.
+INHERITED = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_NAMESPACE")
+RACES = ("but expected", "already exists", "stale info", "fetch first", "failed to update ref")
+LOCKED = re.compile(r"Unable to create '([^']+/refs/(?:heads/registry|tags/[^/']+|remotes/[^']+)\.lock)': File exists")
+STALE_S = 5.0  # git holds the lock of a ref for milliseconds: an older one was left by a git that was killed
+
+
+class Overtaken(RegistryError):
+    """A ref was no longer what it was when the decision was made: another one came first."""
+
+
+class Object(NamedTuple):
+    """A git object: its name, its kind and its content."""
+
+    name: str
+    kind: str
+    data: bytes
+
+
+class Objects:
+    """Reads a repository's objects, all in one process of git; use it in a `with` statement."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __enter__(self) -> Self:
+        command, environment = _command(self.root, "cat-file", "--batch"), _environment()
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.communicate()
+
+    def find(self, name: str) -> Object | None:
+        """The object of a name such as `COMMIT:decision.json`; None if there is none, or it is damaged."""
+        reading, writing = self._process.stdout, self._process.stdin
+        if reading is None or writing is None or "\n" in name:
+            raise RegistryError(f"{name!r} cannot be read from git")
+        try:
+            writing.write(name.encode() + b"\n")
+            writing.flush()
+        except BrokenPipeError:
+            pass  # the empty line below tells
+        line = reading.readline().decode(errors="replace").rstrip("\n")
+        if not line:  # git ends at an object that does not hash to its name
+            self.__exit__(None, None, None)
+            self.__enter__()
+            return None
+        fields = line.split(" ")
+        if len(fields) != 3 or not fields[2].isdigit():
+            return None
+        size = int(fields[2])
+        data = reading.read(size + 1)
+        return Object(fields[0], fields[1], data[:size]) if len(data) == size + 1 else None
+
+    def read(self, name: str) -> bytes:
+        """The content of an object that has to be there."""
+        found = self.find(name)
+        if found is None:
+            hint = "`git fetch --unshallow` brings what a shallow clone lacks"
+            raise RegistryError(f"git has no sound object {name} in {self.root}: {hint}")
+        return found.data
+
+
+def git(root: Path, *args: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> str:
+    """What git says, without the last newline; waits for a ref's lock, and takes away one that a killed git left."""
+    give_up = time.monotonic() + 2 * STALE_S
+    while True:
+        done = subprocess.run(
+            _command(root, *args), input=stdin, capture_output=True, check=False, env=_environment() | (env or {})
+        )
+        if done.returncode == 0:
+            return done.stdout.decode(errors="replace").strip()
+        said = " ".join(done.stderr.decode(errors="replace").split()).replace("fatal: ", "")
+        lock = LOCKED.search(said)
+        if lock is None or time.monotonic() > give_up:
+            break
+        _outlast(root / lock[1])
+    verb = next(arg for arg in args if not arg.startswith("-"))
+    kind = Overtaken if verb in ("push", "update-ref") and any(race in said for race in RACES) else RegistryError
+    raise kind(f"git {verb} did not work in {root}: {said[:300] or f'status {done.returncode}'}")
+
+
+def _outlast(lock: Path) -> None:
+    time.sleep(0.05)
+    with suppress(FileNotFoundError):  # given back meanwhile, or on another machine
+        if time.time() - lock.stat().st_mtime > STALE_S:
+            lock.unlink()
+
+
+def _command(root: Path, *args: str) -> list[str]:
+    return ["git", "-C", str(root), *(word for setting in SETTINGS for word in ("-c", setting)), *args]
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in INHERITED}
+    return kept | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_REPLACE_OBJECTS": "1"}
+
+
+def identity(root: Path) -> dict[str, str]:
+    """Names for the author and committer where git has none, as on a fresh runner."""
+    names: dict[str, str] = {}
+    for role in ("AUTHOR", "COMMITTER"):
+        try:
+            git(root, "var", f"GIT_{role}_IDENT")
+        except RegistryError:
+            names |= {f"GIT_{role}_NAME": "Weighin", f"GIT_{role}_EMAIL": "weighin@localhost"}
+    return names
+
+
+def tree(root: Path, folder: Path) -> str:
+    """Write all files of a folder, byte for byte, as a tree; says its name."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    listing = "".join(f"{path}\n" for path in paths)
+    blobs = git(root, "hash-object", "-w", "--no-filters", "--stdin-paths", stdin=listing.encode()).split()
+    with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
+        index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
+        entries = (
+            f"100644 {blob}\t{path.relative_to(folder).as_posix()}\n" for path, blob in zip(paths, blobs, strict=True)
+        )
+        git(root, "update-index", "--index-info", stdin="".join(entries).encode(), env=index)
+        return git(root, "write-tree", env=index)
+
+
+def files(root: Path, revision: str) -> dict[str, bytes]:
+    """The files of a revision by their paths, from the object store."""
+    listed = git(root, "ls-tree", "-r", "-z", revision)
+    entries = [entry.split("\t", 1) for entry in listed.split("\0") if entry]
+    with Objects(root) as objects:
+        return {path: objects.read(meta.split(" ")[2]) for meta, path in entries}
+
+
+def tag(root: Path, name: str, commit: str, message: str, who: dict[str, str]) -> str:
+    """Write an annotated tag object; says its name."""
+    tagger = git(root, "var", "GIT_COMMITTER_IDENT", env=who)
+    content = f"object {commit}\ntype commit\ntag {name}\ntagger {tagger}\n\n{message}\n"
+    return git(root, "mktag", stdin=content.encode(), env=who)
+
+
+def move(root: Path, moves: list[str], message: str, who: dict[str, str]) -> None:
+    """Move refs, all of them or none: each names the value that it expects, or else `Overtaken`."""
+    transaction = "\n".join(["start", *moves, "prepare", "commit", ""])
+    git(root, "update-ref", "-m", message, "--stdin", stdin=transaction.encode(), env=who)

@@ -1,0 +1,152 @@
+"""What a decision was made of: every output of every stage, every source file and the code, by SHA-256.
+
+DVC knows its files by MD5 and does not read them again once they are in its cache, so the record names each by both:
+MD5 to find it, SHA-256 to trust it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from tasks.core import files, paths
+from tasks.core.errors import RegistryError
+
+CODE = Path("tasks")
+PIECE = 2**20
+
+
+class Material(BaseModel):
+    """A file, or the listing of a folder, that a stage wrote; `md5` is DVC's name for it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    stage: str
+    md5: str
+    sha256: str
+    size_bytes: int
+
+
+class Materials(NamedTuple):
+    """All that a decision was made of: `sources` and `code` are SHA-256 by path, `weights` what training began with."""
+
+    outputs: tuple[Material, ...]
+    sources: dict[str, str]
+    code: dict[str, str]
+    weights: dict[str, str]
+
+
+def read(root: Path, lock: bytes) -> Materials:
+    """What a decision on the working copy is made of; `RegistryError` as `outputs` has it."""
+    weights = files.read_json(root / paths.spec("finetune"))["weights"]
+    return Materials(outputs(root, lock), sources(root), code(root), {str(key): str(weights[key]) for key in weights})
+
+
+def hashes(path: Path) -> tuple[str, str, int]:
+    """MD5, SHA-256 and bytes of a file, read once and in pieces."""
+    md5, sha256, size = hashlib.md5(usedforsecurity=False), hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            md5.update(piece)
+            sha256.update(piece)
+            size += len(piece)
+    return md5.hexdigest(), sha256.hexdigest(), size
+
+
+def outputs(root: Path, lock: bytes) -> tuple[Material, ...]:
+    """Every output that dvc.lock names, as it lies in the working copy.
+
+    A folder has one entry for DVC's listing of it and one for each file in it. `RegistryError` if a file is missing or
+    is not the one that dvc.lock names.
+    """
+    found: list[Material] = []
+    cached = cache(root)
+    for stage, out in locked(lock):
+        path = root / out["path"]
+        if not out["md5"].endswith(".dir"):
+            found.append(_material(root, path, stage, out["md5"]))
+            continue
+        listing = cached(out["md5"])
+        found.append(_material(root, listing, stage, out["md5"], out["path"]))
+        entries = {path / entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_bytes())}
+        unlisted = {one for one in path.rglob("*") if one.is_file()} - entries.keys()
+        if unlisted:
+            raise RegistryError(f"dvc.lock does not name {min(unlisted)}: run the pipeline again, or `dvc commit`")
+        found += [_material(root, file, stage, md5) for file, md5 in entries.items()]
+    return tuple(found)
+
+
+def locked(lock: bytes) -> list[tuple[str, dict[str, Any]]]:
+    """The outputs in a dvc.lock, each with its stage; `RegistryError` if it is not one."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        stages = (YAML(typ="safe").load(lock.decode()) or {})["stages"]
+        return [(stage, out) for stage, entry in stages.items() for out in entry.get("outs", []) if out["md5"]]
+    except (YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        raise RegistryError("dvc.lock is malformed: run the pipeline again") from None
+
+
+def cache(root: Path) -> Callable[[str], Path]:
+    """Says for an MD5 where DVC's cache has that file, whether it is there or not."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        store = repo.cache.local
+        return lambda md5: Path(store.oid_to_path(md5))
+
+
+def remote(root: Path) -> Any:
+    """DVC's default remote, as its object store; `RegistryError` if there is none."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        try:
+            return repo.cloud.get_remote_odb()
+        except DvcException as error:
+            raise RegistryError(f"DVC has no remote to look at: {' '.join(str(error).split())}") from None
+
+
+def _material(root: Path, path: Path, stage: str, md5: str, name: str | None = None) -> Material:
+    if not path.is_file():
+        raise RegistryError(f"{path} is missing: `dvc checkout` brings it back")
+    found, sha256, size = hashes(path)
+    name = name or path.relative_to(root).as_posix()
+    if found != md5.removesuffix(".dir"):
+        raise RegistryError(f"dvc.lock does not name {name} as it is now: run the pipeline again, or `dvc commit`")
+    return Material(path=name, stage=stage, md5=md5, sha256=sha256, size_bytes=size)
+
+
+def sources(root: Path) -> dict[str, str]:
+    """SHA-256 of each source file by its path, as `ingest` read them."""
+    content = files.read_json(root / paths.SOURCES)
+    return {str(path): str(sha256) for path, sha256 in content.items()}
+
+
+def listed(root: Path, made_of: Materials) -> dict[str, str]:
+    """The sources of a decision; if they were too many for the record, out of the listing in DVC's cache.
+
+    `RegistryError` if that is missing or is not what was recorded.
+    """
+    if made_of.sources:
+        return made_of.sources
+    listing = next((one for one in made_of.outputs if one.path == paths.SOURCES.as_posix()), None)
+    if listing is None:
+        raise RegistryError(f"provenance.json names neither sources nor {paths.SOURCES}")
+    path = cache(root)(listing.md5)
+    if not path.is_file():
+        raise RegistryError(f"{listing.path} (md5 {listing.md5}) is not in DVC's cache: `dvc fetch` it first")
+    if files.sha256(path) != listing.sha256:
+        raise RegistryError(f"{listing.path} in DVC's cache ({path}) is not what was recorded: `weighin audit`")
+    return {str(name): str(sha256) for name, sha256 in files.read_json(path).items()}
+
+
+def code(root: Path) -> dict[str, str]:
+    """SHA-256 of each file of the code that the stages are made of, by its path."""
+    return {path.relative_to(root).as_posix(): files.sha256(path) for path in sorted((root / CODE).rglob("*.py"))}
