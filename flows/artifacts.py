@@ -8,8 +8,9 @@ from tasks.core import files, paths
 
 
 def stage_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per weighed stage: top-1, size and latency, and both as ratios to the fine-tuned model."""
+    """One row per weighed model, the champion last: top-1, size and latency, and both against the fine-tuned model."""
     first = report["stages"]["finetune"]
+    weighed = report["stages"] | ({"champion": report["champion"]} if report["champion"] else {})
     return [
         {
             "stage": name,
@@ -20,7 +21,7 @@ def stage_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
             "times_smaller": first["size_bytes"] / stage["size_bytes"],
             "times_faster": first["latency_p50_ms"] / stage["latency_p50_ms"],
         }
-        for name, stage in report["stages"].items()
+        for name, stage in weighed.items()
     ]
 
 
@@ -41,14 +42,15 @@ def show_stages() -> None:
     formatted = [
         row | {name: round(value, 4) for name, value in row.items() if isinstance(value, float)} for row in rows
     ]
-    create_table_artifact(formatted, key="stages", description="every stage in ONNX Runtime on the test split")
+    create_table_artifact(formatted, key="stages", description="every stage and the champion in ONNX Runtime on test")
 
 
 def show_gate(sentence: str) -> None:
     """The gate's checks."""
     verdict = files.read_json(paths.report("gate"))
-    lines = ["| check | value | | limit | passed |", "|---|---|---|---|---|"]
+    lines = ["| check | | value | | limit | passed |", "|---|---|---|---|---|---|"]
     for one in verdict["checks"]:
         passed = "yes" if one["passed"] else "**no**"
-        lines.append(f"| {one['name']} | {one['value']} | {one['operator']} | {one['limit']} | {passed} |")
+        where = "" if one["where"] is None else one["where"]
+        lines.append(f"| {one['name']} | {where} | {one['value']} | {one['operator']} | {one['limit']} | {passed} |")
     create_markdown_artifact("\n".join([f"**{sentence}**", "", *lines]), key="gate", description=sentence)

@@ -59,7 +59,7 @@ class Entry(NamedTuple):
     commit: str
     decision: Decision
     champion: Champion | None
-    evidence: str  # one hash for the files that a rollback has to share with the promotion it goes back to
+    evidence: str  # one hash for the files that a rollback or an approval has to share with what it is about
 
     @property
     def name(self) -> str:
@@ -68,9 +68,9 @@ class Entry(NamedTuple):
 
 def named(commit: str, decision: Decision) -> str:
     """What people call a decision."""
-    if decision.outcome == "promoted":
+    if decision.outcome in ("promoted", "approved"):
         return f"{decision.model}@{decision.version}"
-    what = "rollback to " + str(decision.version) if decision.outcome == "rolled-back" else "refusal"
+    what = {"refused": "refusal", "held": "hold", "rolled-back": f"rollback to {decision.version}"}[decision.outcome]
     return f"{decision.model} {what} ({commit[:12]})"
 
 
@@ -81,6 +81,7 @@ class Books:
     promotions: dict[str, Entry] = field(default_factory=dict)  # by version
     assignments: list[str] = field(default_factory=list)  # commits of the promotions, as production went to them
     production: str | None = None
+    held: Entry | None = None  # the decision before, if it waits for an approval
     withdrawn: list[str] = field(default_factory=list)  # SHA-256 of models that a rollback took out of production
 
 
@@ -132,9 +133,16 @@ class Reader:
 
 
 def audit(
-    root: Path, model: str, version: str | None, everything: bool, remote: str | None, working_copy: bool = True
+    root: Path,
+    model: str,
+    version: str | None = None,
+    everything: bool = False,
+    remote: str | None = None,
+    working_copy: bool = True,
+    commit: str | None = None,
 ) -> Report:
-    """Audit the whole chain, and the artifacts of `version`, of every decision, or else of what is in production.
+    """Audit the whole chain, and the artifacts of `version` or of the decision in `commit`, of every decision, or else
+    of what is in production.
 
     With the name of a git remote, the registry and the artifacts there as well; an artifact that is there may be
     missing in the cache. With `working_copy`, the files that lie here of the model's newest decision too.
@@ -153,18 +161,18 @@ def audit(
         refs = _refs(root, reader)
         if refs.tip is None:
             raise RegistryError(f"{root} has no branch registry: nothing has been decided yet, or it was not fetched")
-        wanted = _wanted(root, refs, model, version, everything)
+        wanted = commit or _wanted(refs, model, version, everything)
         store = Store(root, remote is not None, report)
-        for commit in track(_commits(reader, refs.tip, report), "decisions"):
-            walked.append(commit)
-            entry, outputs = _read(reader, root, commit, trusted, report)
+        for one in track(_commits(reader, refs.tip, report), "decisions"):
+            walked.append(one)
+            entry, outputs = _read(reader, root, one, trusted, report)
             if entry is None:
                 continue
-            newest = entry.decision.model == model and all(one.decision.model != model for one in entries)
+            newest = entry.decision.model == model and all(other.decision.model != model for other in entries)
             if newest and working_copy:
                 _working_copy(root, entry, outputs, reader, report)
             entries.append(entry)
-            if wanted is None or commit == wanted:
+            if wanted is None or one == wanted:
                 report.audited.append(entry.name)
                 store.check(outputs, report.noting(entry.name))
     report.decisions = len(entries)
@@ -191,7 +199,7 @@ def _refs(root: Path, reader: Reader) -> Refs:
     return Refs(tip, registry.BRANCH in names, None, tags)
 
 
-def _wanted(root: Path, refs: Refs, model: str, version: str | None, everything: bool) -> str | None:
+def _wanted(refs: Refs, model: str, version: str | None, everything: bool) -> str | None:
     """The commit of the decision whose artifacts are wanted; None for all of them."""
     if everything:
         return None
@@ -201,8 +209,10 @@ def _wanted(root: Path, refs: Refs, model: str, version: str | None, everything:
             known = sorted(one for one in refs.tags if one.startswith(f"{model}@"))
             raise RegistryError(f"there is no version {tag}; there are: {', '.join(known) or 'none'}")
         return refs.tags[tag]
-    pointers = {one: commit for one, commit in refs.tags.items() if one.startswith(f"{model}#{registry.STAGE}#")}
-    return pointers[max(pointers, key=lambda one: int(one.rsplit("#")[-1]))] if pointers else ""
+    prefix = f"{model}#{registry.STAGE}#"
+    numbers = [one.removeprefix(prefix) for one in refs.tags if one.startswith(prefix)]
+    newest = max((int(one) for one in numbers if one.isdecimal()), default=None)
+    return refs.tags[f"{prefix}{newest}"] if newest is not None else ""
 
 
 def _commits(reader: Reader, tip: str, report: Report) -> Iterator[str]:
@@ -350,7 +360,7 @@ def _follows(
     if passed != (decision.outcome != "refused") or failed != decision.failed:
         note(
             DECISION,
-            f"{'promoted' if passed else 'refused'}, failed {list(failed)}",
+            f"{'passed' if passed else 'refused'}, failed {list(failed)}",
             f"{decision.outcome}, failed {list(decision.failed)}",
         )
     told = (decision.model_sha256, decision.data_sha256, decision.params_sha256, decision.code_sha256)
@@ -382,6 +392,8 @@ def _follows(
     except (ValueError, RecursionError, WeighinError) as error:
         note("metrics.json, champion.json or params.yaml", "what belongs there", str(error))
         return
+    if decision.outcome in (("promoted",) if params.gate.approval else ("held", "approved")):
+        note(DECISION, f"what gate.approval {params.gate.approval} makes of a model that passes", decision.outcome)
     again = json.loads(json.dumps(gate.gate(evidence, params.gate, params.classes)))
     if difference := _difference(again, recorded, "verdict"):
         note("verdict.json", f"{difference[0]}, from its evidence", difference[1])
@@ -458,6 +470,7 @@ def _replay(entries: list[Entry], report: Report) -> dict[str, Books]:
             _rolled_back(entry, book, note)
         else:
             _judged(entry, book, note)
+        book.held = entry if decision.outcome == "held" else None
     return books
 
 
@@ -470,14 +483,16 @@ def _judged(entry: Entry, book: Books, note: Note) -> None:
         and (champion.version, champion.model_sha256) != (book.production, there.decision.model_sha256)
     ):
         # A refusal of what is in production already faces the champion that it faced before.
-        if decision.outcome == "promoted" or there.champion is None or champion != there.champion:
+        if decision.outcome != "refused" or there.champion is None or champion != there.champion:
             note("champion.json", f"{book.production}, which was in production", str(champion.version))
     elif champion and there and sorted(champion.withdrawn) != sorted(book.withdrawn):
         note("champion.json", f"withdrawn {book.withdrawn}", f"withdrawn {list(champion.withdrawn)}")
     elif champion and not there and champion.version is not None:
         note("champion.json", "no champion: nothing was in production", str(champion.version))
-    if decision.outcome == "refused":
+    if decision.outcome in ("refused", "held"):
         return
+    if decision.outcome == "approved" and (book.held is None or book.held.evidence != entry.evidence):
+        note("its files", f"those of {book.held.name if book.held else 'a decision that holds the model'}", "others")
     expected = registry.next_version(book.promotions)
     if decision.version != expected or decision.replaces != book.production:
         note(
@@ -544,7 +559,8 @@ def _tags(root: Path, refs: Refs, walked: list[str], books: dict[str, Books], re
 def _histories(root: Path, walked: list[str], report: Report) -> None:
     """Where the branch has been, here and at the remotes as they were last seen, is part of where it is now."""
     ever = git.git(root, "for-each-ref", "--format=%(objectname) %(refname)", "refs/remotes/*/registry").splitlines()
-    logged = git.git(root, "reflog", "--format=%H", registry.BRANCH, "--").splitlines() if _has_branch(root) else []
+    log = root / git.git(root, "rev-parse", "--git-path", f"logs/{registry.BRANCH}")  # git reads it with commits only
+    logged = [line.split(" ")[1] for line in log.read_text().splitlines()] if log.exists() else []
     for line in [*ever, *(f"{commit} {registry.BRANCH} as it was" for commit in dict.fromkeys(logged))]:
         commit, where = line.split(" ", 1)
         if commit not in walked:
@@ -558,10 +574,6 @@ def _replacements(root: Path, reader: Reader, report: Report) -> None:
     for name in git.git(root, "for-each-ref", "--format=%(refname)", "refs/replace/").splitlines():
         if name.rpartition("/")[2] in reader.names:
             report.noting("git")(name, "no replacement of what the registry names", "one")
-
-
-def _has_branch(root: Path) -> bool:
-    return git.git(root, "for-each-ref", registry.BRANCH) != ""
 
 
 def _elsewhere(root: Path, remote: str, refs: Refs, walked: list[str], models: tuple[str, ...], report: Report) -> None:
@@ -636,15 +648,17 @@ def _working_copy(root: Path, entry: Entry, outputs: tuple[Material, ...], reade
     """What lies here of the model's newest decision is what was decided on: sources and outputs.
 
     An output that dvc.lock names otherwise is of a later run, and no part of the record yet. A fresh clone has none of
-    the outputs; where one lies, all have to.
+    the outputs, and no sources but those that git has; where one lies, all have to.
     """
     note = report.noting(entry.name)
     found = reader.objects.find(f"{entry.commit}:provenance.json")
     with contextlib.suppress(WeighinError, ValueError, RecursionError):
         made_of = documents.materials_of(json.loads(found.data if found else b""))
-        for path, sha256 in materials.listed(root, made_of).items():
+        sources = materials.listed(root, made_of)
+        fresh = not any((root / path).exists() for path in sources)
+        for path, sha256 in sources.items():
             now = files.sha256(root / path) if (root / path).is_file() else "missing"
-            if now != sha256:
+            if now != sha256 and not (fresh and git.git(root, "ls-files", "--", path) == ""):
                 note(path, f"SHA-256 {sha256}, of which the model was made", now)
     _outputs(root, outputs, note)
 

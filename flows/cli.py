@@ -29,7 +29,7 @@ app = typer.Typer(
 keys_app = typer.Typer(help="The key that signs decisions.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 
-PROMOTED, FAILED, USAGE, REFUSED = 0, 1, 2, 3
+PROMOTED, FAILED, USAGE, REFUSED, HELD = 0, 1, 2, 3, 4
 QUIET = {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
@@ -56,7 +56,8 @@ def run(
     Stages whose code, parameters and inputs have not changed are skipped. A recipe given with --params becomes
     the repository's params.yaml. The model in production runs on the same test images, and must not be better.
 
-    Exit status: **0** promoted, **3** refused by the gate, **1** failed, **2** wrong usage or parameters.
+    Exit status: **0** promoted, **3** refused by the gate, **4** held until it is approved, **1** failed, **2** wrong
+    usage or parameters.
 
     Examples: `weighin run`, or `weighin run --params data/recipes/mlp-digits.yaml`
     """
@@ -72,7 +73,7 @@ def run(
         from flows import display
 
         _print(decision, as_json, display.run)
-    raise typer.Exit(PROMOTED if decision["outcome"] == "promoted" else REFUSED)
+    raise typer.Exit({"refused": REFUSED, "held": HELD}.get(decision["outcome"], PROMOTED))
 
 
 @app.command()
@@ -120,6 +121,28 @@ def show_gate(
         else:
             _print(verdict, as_json, lambda content: print(f"gate: {gate.sentence(content)}"))
     raise typer.Exit(PROMOTED if verdict["passed"] is True else REFUSED)
+
+
+@app.command()
+def approve(
+    reason: Annotated[str, typer.Option(help="Why; it is recorded with your name.")],
+    model: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put the model that the latest decision holds into production, once it is audited and has run here.
+
+    With `approval: true` under `gate` in params.yaml, what passes is held until then.
+
+    Example: `weighin approve --reason "field test of week 12"`
+    """
+    with _sentences():
+        _in_repository(paths.PARAMS)
+        from flows.approval import approve
+
+        say = (lambda text: print(text, file=sys.stderr)) if as_json else print
+        decision = approve(Path.cwd(), model or config.load().model, reason, say)
+        text = f"decision: approved {decision.model} {decision.version}"
+        _print(decision.model_dump(mode="json"), as_json, lambda _: print(text))
 
 
 @app.command()
@@ -235,9 +258,11 @@ def rotate() -> None:
     """
     with _sentences():
         _in_repository(paths.PARAMS)
-        from tasks.core import keys
+        from tasks.core import keys, registry
 
-        old, new = keys.rotate(Path.cwd(), datetime.now(UTC))
+        newest = next(registry.chain(Path.cwd(), registry.look(Path.cwd()).tip), None)
+        decided = datetime.fromisoformat(newest.decision.created) if newest else datetime.min.replace(tzinfo=UTC)
+        old, new = keys.rotate(Path.cwd(), max(datetime.now(UTC), decided))  # a decision may be a second ahead
         print(f"keys: {new} signs from now on, {old} did until now; commit {keys.TRUSTED}")
 
 

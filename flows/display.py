@@ -35,7 +35,7 @@ def run(content: dict[str, Any]) -> None:
 
 
 def _outcome(decision: dict[str, Any]) -> str:
-    colour = "green" if decision["outcome"] == "promoted" else "red"
+    colour = {"refused": "red", "held": "yellow"}.get(decision["outcome"], "green")
     what = f"{decision['model']} {decision['version'] or ''}".strip()
     known = "" if decision["recorded"] else " (nothing changed since that decision)"
     return f"decision: [{colour}]{decision['outcome']}[/{colour}] {what}{known}"

@@ -64,7 +64,7 @@ def forward(root: Path, file: Path) -> list[dict[str, str]]:
     cached, rows = materials.cache(root), []
     with git.Objects(root) as objects:
         for link in registry.chain(root, tip):
-            if link.decision.outcome == "rolled-back":
+            if link.decision.outcome in ("approved", "rolled-back"):  # the same model once more
                 continue
             _, made_of = _of(objects, link.commit)
             manifest = next(one for one in made_of.outputs if one.path == paths.MANIFEST.as_posix())

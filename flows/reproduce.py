@@ -19,7 +19,7 @@ from tasks.core.registry import DECISION, Decision
 # What is measured anew each time: it cannot be the same to the byte, and what is not time or memory in it comes from
 # files that are compared. Data Docs carry the time at which they were made.
 MEASURED = (paths.report("benchmark"), paths.report("gate"), paths.METRICS, paths.STAGES, paths.DATA_DOCS)
-KIND = ("processor", "platform", "python", "packages")
+KIND = ("processor", "python", "packages")  # what may change a bit of a result, of what environment.json tells
 
 
 class Comparison(NamedTuple):

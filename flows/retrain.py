@@ -108,8 +108,9 @@ def decide(asked: bytes) -> dict[str, Any]:
     decision, recorded = registry.record(Path.cwd(), config.load().model, get_run_logger().info)
     outcome = f"{decision.outcome} {decision.model} {decision.version or ''}".strip()
     get_run_logger().info("%s (%s), %s", outcome, "new" if recorded else "already recorded", verdict)
-    stages = files.read_json(paths.report("benchmark"))["stages"]
-    return decision.model_dump(mode="json") | {"recorded": recorded, "verdict": verdict, "stages": stages}
+    report = files.read_json(paths.report("benchmark"))
+    weighed = {name: report[name] for name in ("stages", "champion")}
+    return decision.model_dump(mode="json") | {"recorded": recorded, "verdict": verdict} | weighed
 
 
 def keep_short_what_users_can_mend() -> None:

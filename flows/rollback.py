@@ -2,7 +2,8 @@
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -57,41 +58,59 @@ def _rollback(
     remote: str | None,
     say: Callable[[str], None],
 ) -> Decision:
-    report = audit(root, model, target, everything=False, remote=remote, working_copy=False)
+    if target not in stands.promotions:
+        raise RegistryError(f"{model} has no version {target}; there are: {', '.join(stands.promotions)}")
+    name = f"{model}@{target}"
+    with verified(root, model, stands.promotions[target].commit, name, remote) as (contents, shipped, infra):
+        change = {"outcome": "rolled-back", "reason": why, "replaces": stands.assignments[-1]}
+        return repeat(root, contents, change, shipped, infra, refs, stands, remote, say)
+
+
+@contextmanager
+def verified(
+    root: Path, model: str, commit: str, name: str, remote: str | None
+) -> Iterator[tuple[dict[str, bytes], Path, dict[str, Any]]]:
+    """The files of a decision, its model as a file, and how that meets its golden outputs in a fresh process here.
+
+    `RegistryError` if the audit of it has a finding, or if the model does not run here as it was recorded.
+    """
+    report = audit(root, model, commit=commit, remote=remote, working_copy=False)
     if report.findings:
         first = report.findings[0]
         raise RegistryError(
-            f"{model} {target} stays out of production: {first.file} of {first.decision}, expected {first.expected}, "
-            f"found {first.found} ({len(report.findings) - 1} more findings: `weighin audit {target}`)"
+            f"{name} stays out of production: {first.file} of {first.decision}, expected {first.expected}, found "
+            f"{first.found} ({len(report.findings) - 1} more findings: `weighin audit --all`)"
         )
-    commit = stands.promotions[target].commit
     contents = git.files(root, commit)
     params = config.read(contents["params.yaml"], Path(f"{commit[:12]}:params.yaml"))
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
         shipped, golden = Path(scratch) / registry.MODEL.name, Path(scratch) / paths.GOLDEN.name
-        registry.bring(root, commit, registry.MODEL, shipped, f"{model}@{target}")
-        registry.bring(root, commit, paths.GOLDEN, golden, f"{model}@{target}")
+        registry.bring(root, commit, registry.MODEL, shipped, name)
+        registry.bring(root, commit, paths.GOLDEN, golden, name)
         infra = probe.meet(golden, shipped, params.benchmark.threads, params.benchmark.memory_limit_bytes)
         failed = [reason(one) for one in infra_checks(infra, params.gate) if not one["passed"]]
         if failed:
-            raise RegistryError(f"{model} {target} does not run here as it was recorded: {'; '.join(failed)}")
-        return _record(root, contents, shipped, infra, why, refs, stands, remote, say)
+            raise RegistryError(f"{name} does not run here as it was recorded: {'; '.join(failed)}")
+        yield contents, shipped, infra
 
 
-def _record(
+def repeat(
     root: Path,
     contents: dict[str, bytes],
+    change: dict[str, Any],
     shipped: Path,
     infra: dict[str, Any],
-    why: str,
     refs: Refs,
     stands: Standing,
     remote: str | None,
     say: Callable[[str], None],
 ) -> Decision:
+    """Record a decision on the evidence of an earlier one, with what has changed; says it.
+
+    `git.Overtaken` if another one came first; then no ref has moved.
+    """
     then = registry.parsed(Decision, contents[DECISION], DECISION)
     signer = signing.signer(root, datetime.now(UTC), say)
-    change = {"outcome": "rolled-back", "reason": why, "replaces": stands.assignments[-1]}
     decision = Decision.model_validate(then.model_dump() | change | registry.linked(root, refs, signer))
     params = config.read(contents["params.yaml"], Path("params.yaml"))
     verdict = registry.parsed(Verdict, contents["verdict.json"], "verdict.json")

@@ -227,13 +227,8 @@ def _against_champion(evidence: Evidence, compared: dict[str, Any] | None, limit
         yield check("champion", NONE if allowed else None, "==", NONE)
         return
     yield check("champion", version, "==", version if isinstance(version, str) else "a version in production")
-    sha256 = _at(champion, "model_sha256")
-    yield check(
-        "champion_sha256",
-        _at(evidence.report, "champion", "sha256"),
-        "==",
-        sha256 if isinstance(sha256, str) else "a SHA-256",
-    )
+    found, wanted = _at(evidence.report, "champion", "sha256"), _at(champion, "model_sha256")
+    yield check("champion_sha256", found, "==", wanted if isinstance(wanted, str) else "a SHA-256")
     margin = compared["margin"] if compared else limits.champion.margin
     yield check("top1_vs_champion", compared and compared["lower"], ">", -margin)
     withdrawn = _at(champion, "withdrawn")

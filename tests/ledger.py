@@ -108,11 +108,18 @@ class Ledger:
         return [path.relative_to(self.root) for path in found]
 
     def lay(
-        self, seed: int, wrong: int = 10, weights: dict[str, str] | None = None, padding: int = 0, name: str = MODEL
+        self,
+        seed: int,
+        wrong: int = 10,
+        weights: dict[str, str] | None = None,
+        padding: int = 0,
+        name: str = MODEL,
+        golden: int | None = None,
     ) -> None:
         """A challenger that has so many of the test images wrong, judged by the real gate against the champion.
 
-        `padding` makes the fine-tuned weights that many bytes long.
+        `padding` makes the fine-tuned weights that many bytes long; `golden` is the seed of the model that the golden
+        outputs are of, if not of this one.
         """
         self.write(paths.onnx("reduce"), model(seed))
         self.write(paths.onnx("finetune"), model(seed, note="fp32"))

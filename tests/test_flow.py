@@ -251,6 +251,33 @@ def test_a_tighter_gate_runs_the_gate_alone_and_refuses(workspace: Workspace) ->
     assert workspace.run(status=REFUSED)["recorded"] is False
 
 
+def test_the_record_is_audited_explained_and_made_again(workspace: Workspace) -> None:
+    assert "everything holds: 1 decisions" in workspace.output("weighin", "audit", "--all")
+    explained = workspace.output("weighin", "gate", "--explain")
+    assert "ok champion: bootstrap" in explained
+    assert "must be >= 0.9" in explained
+    assert "data/raw/mnist-5k/train-images-idx3-ubyte" in workspace.output("weighin", "lineage", "v0.1.0")
+    seen = workspace.output("weighin", "lineage", "--json", "data/raw/mnist-5k/train-images-idx3-ubyte")
+    assert [row["decision"] for row in json.loads(seen)] == ["mlp-digits@v0.1.0"]
+    again = json.loads(workspace.output("weighin", "reproduce", "v0.1.0", "--json"))
+    assert again["holds"] is True
+    assert len(again["artifacts"]) == 23
+    assert all(one["same"] for one in again["artifacts"])
+    assert len(workspace.git("worktree", "list").splitlines()) == 1
+
+
+def test_what_a_version_was_made_of_has_to_be_there_to_make_it_again(workspace: Workspace) -> None:
+    labels = workspace.root / "data/raw/mnist-5k/train-labels-idx1-ubyte"
+    before = labels.read_bytes()
+    labels.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    done = workspace.call("weighin", "reproduce", "v0.1.0")
+    labels.write_bytes(before)
+    assert done.returncode == FAILED
+    assert f"{labels.relative_to(workspace.root)} is not what the version was made of" in done.stderr
+    assert "there is no version" in workspace.call("weighin", "audit", "v0.9.0").stderr
+    assert "has no version mlp-digits@v0.9.0" in workspace.call("weighin", "reproduce", "v0.9.0").stderr
+
+
 def test_another_pruning_parameter_leaves_the_stages_before_it_alone(workspace: Workspace) -> None:
     workspace.change(
         prune={"weights": {"threshold": 0.04}, "recovery": None}, gate={"min_top1": 0.5, "max_top1_drop": 0.5}

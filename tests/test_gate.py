@@ -475,6 +475,13 @@ def test_a_trade_needs_all_of_its_conditions(keys: tuple[str, ...], value: Any) 
     json.dumps(verdict, allow_nan=False)
 
 
+def test_what_is_too_many_times_smaller_to_be_a_number_is_no_gain() -> None:
+    given = with_value(1e308, "report", "champion", "size_bytes", given=with_value(0.1, *LAST, "size_bytes"))
+    verdict = traded(given)
+    assert (verdict["comparison"]["traded"], verdict["comparison"]["times_smaller"]) == (False, None)
+    json.dumps(verdict, allow_nan=False)
+
+
 def test_a_trade_has_a_margin_too() -> None:
     verdict = judged(full(), champion={"margin": SMALL, "trade": TRADE | {"margin": -LOWER}})
     assert one_check(verdict, "top1_vs_champion")["passed"] is False
@@ -489,8 +496,14 @@ def test_a_champion_without_answers_is_not_one_that_is_always_wrong() -> None:
 
 def first_promotion(**changes: Any) -> Evidence:
     given = with_value(None, "report", "champion", given=evidence_of(text(table(theirs=None))))
-    champion = {"version": None, "model_sha256": None, "withdrawn": [], "bootstrap": True}
+    champion: dict[str, Any] = {"version": None, "model_sha256": None, "withdrawn": [], "bootstrap": True}
     return given._replace(champion=champion | changes)
+
+
+@pytest.mark.parametrize("value", [1, 0.5, True, None])
+def test_two_that_are_no_sha256_are_not_the_same_model(value: Any) -> None:
+    given = with_value(value, "champion", "model_sha256", given=with_value(value, "report", "champion", "sha256"))
+    assert failed(given) == ["champion_sha256"]
 
 
 def test_the_first_promotion_needs_the_word_for_it() -> None:
@@ -686,17 +699,7 @@ def test_the_stage_passes_the_model_that_was_weighed(repository: Repository, shi
     assert verdict["params_sha256"] == files.sha256(repository.root / "params.yaml")
     assert verdict["code_sha256"] == files.digest(materials.code(ROOT))
     assert verdict["champion"] == full().champion
-    assert set(verdict["infra"]) == {
-        "batch-1",
-        "batch-3",
-        "batch-7",
-        "zeros",
-        "noise",
-        "bright",
-        "dark",
-        "huge",
-        "tiny",
-    }
+    assert verdict["infra"].keys() > {"batch-1", "batch-3", "batch-7", "zeros", "huge"}
     assert all(case == {"difference": 0, "same_top1": True, "repeatable": True} for case in verdict["infra"].values())
 
 

@@ -219,6 +219,7 @@ class Gate(Section):
     """Limits, all of which must hold for a promotion; null leaves an optional one out."""
 
     bootstrap: bool = Field(False, description="allow the first promotion, which has no champion to be compared with")
+    approval: bool = Field(False, description="what passes is held until somebody puts their name to it")
     min_top1: Fraction
     max_top1_drop: Fraction = Field(description="against the fine-tuned model")
     max_size_bytes: Count

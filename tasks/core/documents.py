@@ -72,7 +72,7 @@ def card(decision: "Decision", checks: "Iterable[Check]", benchmark: Benchmark, 
         ],
         "Provenance": _origin(decision, params),
     }
-    lines = [f"# {decision.model} {decision.version or '(refused)'}", "", *_outcome(decision, params)]
+    lines = [f"# {decision.model} {decision.version or f'({decision.outcome})'}", "", *_outcome(decision, params)]
     for title, body in sections.items():
         lines += ["", f"## {title}", "", *body]
     return "\n".join([*lines, ""])

@@ -23,6 +23,7 @@ SETTINGS = (
     "push.gpgSign=false",
 )
 # Set while git runs a hook or an alias; with them, git would work on that repository, whatever the root.
+AS_THEY_ARE = {"GIT_NO_REPLACE_OBJECTS": "1", "GIT_GRAFT_FILE": os.devnull}  # objects, not what stands in for them
 INHERITED = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_NAMESPACE")
 RACES = ("but expected", "already exists", "stale info", "fetch first", "failed to update ref")
 LOCKED = re.compile(r"Unable to create '([^']+/refs/(?:heads/registry|tags/[^/']+|remotes/[^']+)\.lock)': File exists")
@@ -70,16 +71,15 @@ class Objects:
         except BrokenPipeError:
             pass  # the empty line below tells
         line = reading.readline().decode(errors="replace").rstrip("\n")
-        if not line:  # git ends at an object that does not hash to its name
+        fields = line.split(" ")
+        if line and (len(fields) != 3 or not fields[2].isdigit()):
+            return None
+        data = reading.read(int(fields[2]) + 1) if line else b""
+        if not line or len(data) != int(fields[2]) + 1:  # git ends at an object that is damaged
             self.__exit__(None, None, None)
             self.__enter__()
             return None
-        fields = line.split(" ")
-        if len(fields) != 3 or not fields[2].isdigit():
-            return None
-        size = int(fields[2])
-        data = reading.read(size + 1)
-        return Object(fields[0], fields[1], data[:size]) if len(data) == size + 1 else None
+        return Object(fields[0], fields[1], data[:-1])
 
     def read(self, name: str) -> bytes:
         """The content of an object that has to be there."""
@@ -122,7 +122,7 @@ def _command(root: Path, *args: str) -> list[str]:
 
 def _environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in INHERITED}
-    return kept | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_REPLACE_OBJECTS": "1"}
+    return kept | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"} | AS_THEY_ARE
 
 
 def identity(root: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The registry: every decision, promotion, refusal or rollback, as one signed commit on the git branch `registry`.
+"""The registry: every decision (promotion, refusal, hold, approval, rollback) is a signed commit on branch `registry`.
 
 The branch has a history of its own; each commit has the previous decision as parent and holds the record, the evidence
 behind it, the code and the DVC files that bring the decided model back. A version is tagged `<model>@v<version>`, what
@@ -44,7 +44,7 @@ CARRIED = {
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Version = Annotated[str, Field(pattern=r"^v\d+\.\d+\.\d+$")]
-Outcome = Literal["promoted", "refused", "rolled-back"]
+Outcome = Literal["promoted", "refused", "held", "approved", "rolled-back"]
 Document = TypeVar("Document", bound=BaseModel)
 
 
@@ -69,13 +69,13 @@ class Decision(BaseModel):
     schema_version: Literal[1] = 1
     model: str = Field(pattern="^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", description="the model's name in the registry")
     outcome: Outcome
-    version: Version | None = Field(description="the version that is in production from here on; null if refused")
+    version: Version | None = Field(description="the version that is in production from here on; null if nothing moved")
     replaces: Version | None = Field(description="the version that this one takes production from")
     previous: str | None = Field(description="commit of the decision before this one, of whatever model")
     previous_sha256: Sha256 | None = Field(description="SHA-256 of that one's bundle.sig, which names all its files")
     created: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$", description="UTC")
     by: str = Field(min_length=1, description="who decided, as git knows them")
-    reason: str | None = Field(description="why, for a rollback")
+    reason: str | None = Field(description="why, for an approval or a rollback")
     signer: str = Field(pattern=r"^SHA256:[A-Za-z0-9+/]{43}$", description="fingerprint of the signing key")
     code: Code
     model_sha256: Sha256
@@ -89,10 +89,12 @@ class Decision(BaseModel):
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
-        if (self.outcome != "refused") != (self.version is not None) or (self.version and self.failed):
-            raise ValueError("what goes into production has a version and no failed check, a refusal has no version")
-        if (self.outcome == "rolled-back") != (self.reason is not None):
-            raise ValueError("a rollback has a reason, and nothing else has one")
+        if (self.outcome not in ("refused", "held")) != (self.version is not None):
+            raise ValueError("what goes into production has a version, and nothing else has one")
+        if self.failed and self.outcome != "refused":
+            raise ValueError("only what is refused has failed a check")
+        if (self.outcome in ("approved", "rolled-back")) != (self.reason is not None):
+            raise ValueError("what people decide has a reason, and nothing else has one")
         return self
 
 
@@ -157,8 +159,9 @@ class Standing(NamedTuple):
     """Where a model stands: what its decisions come to, from the first to the newest. Tags have no say in it."""
 
     latest: Link | None
-    promotions: dict[str, Link]  # by version
-    assignments: tuple[str, ...]  # the version that each promotion or rollback put into production
+    moved: Link | None  # the newest promotion, approval or rollback
+    promotions: dict[str, Link]  # by version, approvals among them
+    assignments: tuple[str, ...]  # the version that each of those moves put into production
     withdrawn: tuple[str, ...]  # SHA-256 of models that a rollback took out of production, and that are not back
 
     @property
@@ -176,7 +179,8 @@ class Standing(NamedTuple):
 def record(root: Path, model: str, say: Callable[[str], None] = print) -> tuple[Decision, bool]:
     """Record the gate's verdict on `model` in the repository at `root`; say the decision and whether it is new.
 
-    The model is promoted if the verdict and every check in it passed, and refused otherwise. Not recorded twice is a
+    The model is promoted (or held, where promotions need an approval) if the verdict and every check in it passed, and
+    refused otherwise. Not recorded twice is a
     verdict that is the model's latest decision already, nor one that passes what is in production already.
     `Superseded` if another version has come into production since the verdict; `RegistryError` if a file is missing
     or damaged, if the verdict judged other files than those that lie there now, or if dvc.lock does not name them.
@@ -211,26 +215,21 @@ def _mended(root: Path, refs: Refs, model: str, remote: str | None) -> Standing:
     if wrong:
         raise RegistryError(f"the tag {wrong[0]} is not where the registry's decisions have it: `weighin audit`")
     missing = [tag for tag in expected if tag not in refs.tags]
-    last = stands.latest and next(iter(stands.assignments[-1:]), None)
-    newest = {f"{model}@{last}", f"{model}#{STAGE}#{len(stands.assignments)}"}
+    moved = stands.moved and stands.moved.decision
+    newest = {f"{model}@{moved.version}", f"{model}#{STAGE}#{len(stands.assignments)}"} if moved else set()
     if set(missing) - newest:
         raise RegistryError(
             f"the tag {missing[0]} of a recorded decision is missing: fetch the tags, or `weighin audit`"
         )
-    if missing:
-        moves = {f"refs/tags/{tag}": _tag(root, tag, expected[tag], stands) for tag in missing}
+    if missing and moved:
+        message, who = _message(moved), _who(root, moved)
+        moves = {f"refs/tags/{tag}": git.tag(root, tag, expected[tag], message, who) for tag in missing}
         if remote:
             _push(root, remote, moves, refs)
             _fetch(root, remote)
         else:
             git.move(root, [f"create {ref} {new}" for ref, new in moves.items()], "finish a decision", {})
     return stands
-
-
-def _tag(root: Path, tag: str, commit: str, stands: Standing) -> str:
-    """The tag object of the newest move, as it was or would have been made with it."""
-    decision = next(link.decision for link in reversed(list(stands.promotions.values())) if link.commit == commit)
-    return git.tag(root, tag, commit, _message(decision), _who(root, decision))
 
 
 def _known(root: Path, stands: Standing, model: str, verdict: Verdict, verdict_sha256: str) -> Decision | None:
@@ -259,14 +258,16 @@ def _record(
     remote: str | None,
     say: Callable[[str], None],
 ) -> Decision:
-    promoted, production = _passed(verdict), stands.production
+    params, production = config.load(root / paths.PARAMS), stands.production
+    outcome: Outcome = "refused" if not _passed(verdict) else "held" if params.gate.approval else "promoted"
+    promoted = outcome == "promoted"
     code = _code(root)
     if remote:
         _require_pushed(root, remote, code)
     signer = signing.signer(root, datetime.now(UTC), say)
     decision = Decision(
         model=model,
-        outcome="promoted" if promoted else "refused",
+        outcome=outcome,
         version=next_version(stands.promotions) if promoted else None,
         replaces=production.decision.version if promoted and production else None,
         reason=None,
@@ -281,7 +282,7 @@ def _record(
         failed=tuple(check.name for check in verdict.checks if not check.passed),
         **linked(root, refs, signer),
     )
-    params, made_of = config.load(root / paths.PARAMS), materials.read(root, contents["dvc.lock"])
+    made_of = materials.read(root, contents["dvc.lock"])
     benchmark, environment = (
         parsed(documents.Benchmark, contents["metrics.json"], "metrics.json"),
         documents.environment(),
@@ -316,6 +317,7 @@ def production(root: Path, model: str) -> Decision | None:
 def standing(root: Path, refs: Refs, model: str) -> Standing:
     """What the decisions on `model` come to; `RegistryError` if one cannot be read."""
     latest: Link | None = None
+    moved: Link | None = None
     promotions: dict[str, Link] = {}
     assignments: list[str] = []
     withdrawn: dict[str, None] = {}
@@ -326,7 +328,8 @@ def standing(root: Path, refs: Refs, model: str) -> Standing:
         latest = link
         if decision.version is None:
             continue
-        if decision.outcome == "promoted":
+        moved = link
+        if decision.outcome != "rolled-back":
             promotions[decision.version] = link
         if decision.version not in promotions:
             raise RegistryError(f"the rollback {link.commit} goes to {decision.version}, which was never promoted")
@@ -334,7 +337,7 @@ def standing(root: Path, refs: Refs, model: str) -> Standing:
         if decision.outcome == "rolled-back" and decision.replaces in promotions:
             withdrawn[promotions[decision.replaces].decision.model_sha256] = None
         assignments.append(decision.version)
-    return Standing(latest, promotions, tuple(assignments), tuple(withdrawn))
+    return Standing(latest, moved, promotions, tuple(assignments), tuple(withdrawn))
 
 
 def chain(root: Path, tip: str | None) -> Iterator[Link]:

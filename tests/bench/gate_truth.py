@@ -16,7 +16,7 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tasks.core import comparison, files, paths  # noqa: E402
+from tasks.core import comparison, files, paths
 
 CONFIDENCE = 0.95
 LEVEL = round(1 - CONFIDENCE, 9)

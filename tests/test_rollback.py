@@ -1,0 +1,233 @@
+"""Rollbacks: what goes back into production, what is recorded of it, and what stays out."""
+
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from forgery import flip, loose, output
+from ledger import BIN, MODEL, Ledger, call
+
+from flows.audit import audit
+from flows.rollback import rollback
+from tasks.core import files, paths, registry
+from tasks.core.errors import RegistryError
+from tasks.core.registry import BRANCH, Decision
+
+SHIPPED = paths.onnx("reduce").as_posix()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_git() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1", "TZ": "UTC"}.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """Two promotions, kept here only."""
+    made = Ledger.begin(tmp_path / "project")
+    made.decide(1)
+    made.decide(2)
+    return made
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Ledger:
+    """Two promotions at remotes."""
+    made = Ledger.begin(tmp_path / "project")
+    made.share(tmp_path / "bare", tmp_path / "store")
+    made.decide(1)
+    made.commit("Trust the key")
+    made.git("push", "--quiet", "origin", "main")
+    made.decide(2)
+    return made
+
+
+def back(ledger: Ledger, version: str | None = None, said: list[str] | None = None) -> Decision:
+    return rollback(ledger.root, MODEL, version, "wrong at night", (said if said is not None else []).append)
+
+
+def holds(ledger: Ledger, remote: bool = False) -> bool:
+    return not audit(ledger.root, MODEL, None, True, "origin" if remote else None).findings
+
+
+def refs(ledger: Ledger) -> str:
+    return ledger.git("for-each-ref")
+
+
+def test_the_version_before_goes_back_and_who_and_why_are_recorded(ledger: Ledger) -> None:
+    first, second = (ledger.git("rev-parse", f"{MODEL}@{version}^{{}}") for version in ("v0.1.0", "v0.2.0"))
+    decision = back(ledger)
+    assert (decision.outcome, decision.version, decision.replaces) == ("rolled-back", "v0.1.0", "v0.2.0")
+    assert (decision.reason, decision.by) == ("wrong at night", "Ada <ada@example.org>")
+    assert decision.previous == second
+    assert json.loads(ledger.git("show", "registry:decision.json")) == decision.model_dump(mode="json")
+    assert ledger.git("rev-parse", f"{MODEL}#production#3^{{}}") == first
+    production = registry.production(ledger.root, MODEL)
+    assert production and production.version == "v0.1.0"
+    infra = json.loads(ledger.git("show", "registry:infra.json"))
+    assert all(one["same_top1"] and one["repeatable"] for one in infra["golden"].values())
+    assert "packages" in infra["environment"]
+    assert holds(ledger)
+
+
+def test_the_card_says_what_was_rolled_back_and_why(ledger: Ledger) -> None:
+    back(ledger)
+    card = ledger.git("show", "registry:README.md")
+    assert "Rolled-back on" in card
+    assert "in place of v0.2.0" in card
+    assert "Reason: wrong at night" in card
+
+
+def test_gto_sees_the_version_that_is_back(ledger: Ledger) -> None:
+    back(ledger)
+    assert call(ledger.root, str(BIN / "gto"), "show", f"{MODEL}#production", "--version") == "v0.1.0"
+
+
+def test_a_version_can_be_named(ledger: Ledger) -> None:
+    ledger.decide(3)
+    assert back(ledger, "v0.1.0").replaces == "v0.3.0"
+    assert back(ledger, "v0.3.0").replaces == "v0.1.0"
+    assert holds(ledger)
+
+
+def test_the_next_challenger_has_to_face_the_version_that_is_back(ledger: Ledger) -> None:
+    back(ledger)
+    ledger.lay(3)
+    champion = json.loads((ledger.root / paths.CHAMPION_RECORD).read_bytes())
+    assert champion["version"] == "v0.1.0"
+    first = output(ledger, f"{MODEL}@v0.1.0", SHIPPED)["digest"]["sha256"]
+    assert files.sha256(ledger.root / paths.CHAMPION_MODEL) == first
+    decision, _ = registry.record(ledger.root, MODEL, say=lambda _: None)
+    assert (decision.version, decision.replaces) == ("v0.3.0", "v0.1.0")
+    assert holds(ledger)
+
+
+def test_the_model_that_went_is_refused_until_it_is_put_back_by_name(ledger: Ledger) -> None:
+    back(ledger)
+    assert ledger.decide(2).failed == ("rolled_back",)
+    assert back(ledger, "v0.2.0").version == "v0.2.0"
+    ledger.decide(3)
+    assert ledger.decide(2, wrong=11).outcome == "promoted"
+    assert holds(ledger)
+
+
+@pytest.mark.parametrize("what", ["cache", "verdict", "tag"])
+def test_what_is_damaged_stays_out_and_nothing_moves(what: str, ledger: Ledger) -> None:
+    if what == "cache":
+        flip(ledger.cached(output(ledger, f"{MODEL}@v0.1.0", SHIPPED)["annotations"]["md5"]))
+    elif what == "verdict":
+        flip(loose(ledger, f"{MODEL}@v0.1.0:verdict.json"))
+    else:
+        ledger.git("update-ref", f"refs/tags/{MODEL}@v0.1.0", "registry")
+    before = refs(ledger)
+    with pytest.raises(RegistryError):
+        back(ledger)
+    assert refs(ledger) == before
+
+
+def test_the_sentence_names_what_is_damaged(ledger: Ledger) -> None:
+    flip(ledger.cached(output(ledger, f"{MODEL}@v0.1.0", SHIPPED)["annotations"]["md5"]))
+    with pytest.raises(RegistryError, match=rf"v0\.1\.0 stays out of production: {SHIPPED} of .*expected SHA-256"):
+        back(ledger)
+
+
+def test_changes_in_the_working_copy_do_not_hinder_it(ledger: Ledger) -> None:
+    (ledger.root / "data/raw/cat/0.png").write_bytes(b"new")
+    (ledger.root / SHIPPED).write_bytes(b"new")
+    assert back(ledger).version == "v0.1.0"
+
+
+def test_a_model_that_does_not_meet_its_golden_outputs_stays_out(tmp_path: Path) -> None:
+    ledger = Ledger.begin(tmp_path / "project")
+    ledger.decide(1, golden=7)
+    ledger.decide(2)
+    assert holds(ledger)
+    before = refs(ledger)
+    with pytest.raises(RegistryError, match=r"v0\.1\.0 does not run here as it was recorded: golden_difference"):
+        back(ledger)
+    assert refs(ledger) == before
+
+
+def test_there_must_be_something_to_go_back_to(tmp_path: Path) -> None:
+    ledger = Ledger.begin(tmp_path / "project")
+    with pytest.raises(RegistryError, match="has no version in production"):
+        back(ledger)
+    ledger.decide(1)
+    with pytest.raises(RegistryError, match="no version before it"):
+        back(ledger)
+    with pytest.raises(RegistryError, match="in production already"):
+        back(ledger, "v0.1.0")
+    with pytest.raises(RegistryError, match=r"v0\.9\.0.*v0\.1\.0"):
+        back(ledger, "v0.9.0")
+
+
+def test_the_command_says_what_it_did(ledger: Ledger) -> None:
+    said = ledger.weighin("rollback", "--reason", "wrong at night")
+    assert said == f"decision: rolled back {MODEL} from v0.2.0 to v0.1.0\n"
+    record = json.loads(ledger.weighin("rollback", "v0.2.0", "--reason", "was right", "--json"))
+    assert (record["version"], record["reason"]) == ("v0.2.0", "was right")
+    ledger.weighin("rollback", "v0.2.0", "--reason", "again", status=1)
+
+
+def test_with_a_remote_it_goes_there_too(shared: Ledger) -> None:
+    back(shared)
+    bare = shared.root.parent / "bare"
+    assert call(bare, "git", "rev-parse", BRANCH) == shared.git("rev-parse", "registry")
+    assert call(bare, "git", "rev-parse", f"{MODEL}#production#3^{{}}") == shared.git(
+        "rev-parse", f"{MODEL}@v0.1.0^{{}}"
+    )
+    assert holds(shared, remote=True)
+
+
+def test_somebody_else_can_do_it_who_has_no_artifacts(shared: Ledger, tmp_path: Path) -> None:
+    other = shared.clone(tmp_path / "clone")
+    decision = back(other)
+    assert (decision.by, decision.version) == ("Grace <grace@example.org>", "v0.1.0")
+    assert back(shared, "v0.2.0").previous == other.git("rev-parse", "registry")
+    assert holds(shared, remote=True)
+
+
+def meanwhile(shared: Ledger, other: Ledger) -> None:
+    """Take what `other` has decided from the remote again, until the next push is about to be accepted."""
+    bare = shared.root.parent / "bare"
+    before = shared.git("rev-parse", "registry")
+    known = shared.git("for-each-ref", "--format=%(refname)", "refs/tags").split()
+    lines = call(bare, "git", "for-each-ref", "--format=%(refname) %(objectname)").splitlines()
+    new = [line.split(" ") for line in lines if line.split(" ")[0] not in (*known, "refs/heads/main")]
+    script = ["#!/bin/sh", "test -e late && exit 0", "touch late", "unset GIT_QUARANTINE_PATH"]
+    for ref, name in new:
+        script.append(f"git update-ref '{ref}' {name}")
+        call(bare, "git", "update-ref", f"refs/waiting/{name}", name)
+        call(bare, "git", "update-ref", *([ref, before] if ref == BRANCH else ["-d", ref]))
+    hook = bare / "hooks/pre-receive"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("\n".join(script) + "\n")
+    hook.chmod(stat.S_IRWXU)
+
+
+def test_a_promotion_by_somebody_else_meanwhile_stops_it(shared: Ledger, tmp_path: Path) -> None:
+    other = shared.clone(tmp_path / "clone")
+    other.decide(3)
+    meanwhile(shared, other)
+    said: list[str] = []
+    with pytest.raises(RegistryError, match="another version of classifier came into production meanwhile"):
+        back(shared, said=said)
+    assert any("reached the registry first" in one for one in said)
+    assert shared.git("rev-parse", "registry") == other.git("rev-parse", "registry")
+    assert holds(shared, remote=True)
+
+
+def test_a_refusal_meanwhile_does_not(shared: Ledger, tmp_path: Path) -> None:
+    other = shared.clone(tmp_path / "clone")
+    other.decide(3, wrong=150)
+    meanwhile(shared, other)
+    said: list[str] = []
+    decision = back(shared, said=said)
+    assert any("reached the registry first" in one for one in said)
+    assert decision.previous == other.git("rev-parse", "registry")
+    assert holds(shared, remote=True)
