@@ -19,7 +19,7 @@ def approve(root: Path, model: str, why: str, say: Callable[[str], None] = print
     remote = config.load(root / paths.PARAMS).registry.remote
     while True:
         refs = registry.look(root, remote)
-        stands = registry.standing(root, refs, model)
+        stands = registry.mended(root, refs, model, remote)
         held = stands.latest
         if held is None or held.decision.outcome != "held":
             raise RegistryError(f"the latest decision on {model} holds nothing, so there is nothing to approve")

@@ -12,7 +12,7 @@ from flows import artifacts
 from flows.stage import exclusive, stage
 from tasks.core import config, files, paths, registry
 from tasks.core.errors import ParamsError, StageError, WeighinError
-from tasks.gate import sentence
+from tasks.gate import confirmed, sentence
 
 ADOPTED = Path(".dvc/tmp/weighin.params.yaml")
 
@@ -98,11 +98,12 @@ def decide(asked: bytes) -> dict[str, Any]:
     """Show the stages and the gate, and record the promotion or the refusal.
 
     `StageError` if params.yaml is no longer what this run began with: the record would name values that made nothing.
+    Or if the verdict is not what the gate itself comes to.
     `registry.Superseded` if another version came into production meanwhile.
     """
     if paths.PARAMS.read_bytes() != asked:
         raise StageError(f"{paths.PARAMS} changed while the run was at work: run again")
-    verdict = sentence(files.read_json(paths.report("gate")))
+    verdict = sentence(confirmed(config.load()))
     artifacts.show_stages()
     artifacts.show_gate(verdict)
     decision, recorded = registry.record(Path.cwd(), config.load().model, get_run_logger().info)

@@ -25,7 +25,7 @@ def rollback(root: Path, model: str, version: str | None, why: str, say: Callabl
     """
     remote = config.load(root / paths.PARAMS).registry.remote
     refs = registry.look(root, remote)
-    stands = registry.standing(root, refs, model)
+    stands = registry.mended(root, refs, model, remote)
     production = stands.production and stands.production.decision
     if production is None:
         raise RegistryError(f"{model} has no version in production, so there is nothing to roll back")
@@ -40,7 +40,7 @@ def rollback(root: Path, model: str, version: str | None, why: str, say: Callabl
         except Overtaken:
             say("another decision reached the registry first: looking at it again")
         refs = registry.look(root, remote)
-        stands = registry.standing(root, refs, model)
+        stands = registry.mended(root, refs, model, remote)
         if stands.production is None or stands.production.decision != production:
             raise RegistryError(
                 f"another version of {model} came into production meanwhile: look at it with `weighin status`, "

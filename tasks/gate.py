@@ -8,6 +8,7 @@ than those whose SHA-256 it names.
 import bisect
 import csv
 import io
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -385,6 +386,19 @@ def evidence(profile: config.Benchmark) -> Evidence:
         infra=infra,
         judged=judged,
     )
+
+
+def confirmed(params: config.Params) -> dict[str, Any]:
+    """The verdict that lies here; `StageError` if it is not what the evidence that lies here comes to.
+
+    DVC would not run the gate again for a verdict that somebody wrote by hand and committed to dvc.lock.
+    """
+    verdict: dict[str, Any] = files.read_json(paths.report("gate"))
+    again = json.loads(json.dumps(gate(evidence(params.benchmark), params.gate, params.classes)))
+    if again != verdict:
+        anew = "`dvc repro --force --single-item gate` judges anew"
+        raise StageError(f"{paths.report('gate')} is not what its evidence comes to: {anew}")
+    return verdict
 
 
 def main() -> None:

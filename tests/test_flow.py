@@ -278,6 +278,21 @@ def test_what_a_version_was_made_of_has_to_be_there_to_make_it_again(workspace: 
     assert "has no version mlp-digits@v0.9.0" in workspace.call("weighin", "reproduce", "v0.9.0").stderr
 
 
+def test_a_verdict_written_by_hand_promotes_nothing(workspace: Workspace) -> None:
+    workspace.change(gate={"max_size_bytes": 1000})
+    workspace.run(status=REFUSED)
+    path = workspace.root / "data/reports/gate.json"
+    verdict = json.loads(path.read_text())
+    for check in verdict["checks"]:
+        check["passed"] = True
+    path.unlink()
+    path.write_text(json.dumps(verdict | {"passed": True}))
+    workspace.output("dvc", "commit", "--force", "--quiet", "gate")
+    tip = workspace.git("rev-parse", "registry")
+    assert workspace.sentence().startswith("data/reports/gate.json is not what its evidence comes to")
+    assert workspace.git("rev-parse", "registry") == tip
+
+
 def test_another_pruning_parameter_leaves_the_stages_before_it_alone(workspace: Workspace) -> None:
     workspace.change(
         prune={"weights": {"threshold": 0.04}, "recovery": None}, gate={"min_top1": 0.5, "max_top1_drop": 0.5}

@@ -334,11 +334,16 @@ def test_a_decision_is_coherent() -> None:
         "traded": False,
     }
     Decision(**fields, outcome="promoted", version="v0.1.0", failed=())
-    for wrong in (("promoted", None, ()), ("promoted", "v0.1.0", ("size",)), ("refused", "v0.1.0", ("size",))):
-        with pytest.raises(ValueError, match="what goes into production has a version"):
-            Decision(**fields, **dict(zip(("outcome", "version", "failed"), wrong, strict=True)))
-    with pytest.raises(ValueError, match="a rollback has a reason"):
-        Decision(**fields, outcome="rolled-back", version="v0.1.0", failed=())
+    for outcome, version, failed, said in (
+        ("promoted", None, (), "what goes into production has a version"),
+        ("refused", "v0.1.0", ("size",), "what goes into production has a version"),
+        ("held", "v0.1.0", (), "what goes into production has a version"),
+        ("promoted", "v0.1.0", ("size",), "only what is refused has failed a check"),
+        ("rolled-back", "v0.1.0", (), "what people decide has a reason"),
+        ("approved", "v0.1.0", (), "what people decide has a reason"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Decision(**fields, outcome=outcome, version=version, failed=failed)
 
 
 def test_a_lock_that_a_killed_git_left_is_outlasted(root: Path) -> None:

@@ -195,7 +195,7 @@ def record(root: Path, model: str, say: Callable[[str], None] = print) -> tuple[
     while True:
         try:
             refs = look(root, remote)
-            stands = _mended(root, refs, model, remote)
+            stands = mended(root, refs, model, remote)
             known = _known(root, stands, model, verdict, files.sha256_of(contents["verdict.json"]))
             if known:
                 return known, False
@@ -204,7 +204,7 @@ def record(root: Path, model: str, say: Callable[[str], None] = print) -> tuple[
             say("another decision reached the registry first: looking at it again")
 
 
-def _mended(root: Path, refs: Refs, model: str, remote: str | None) -> Standing:
+def mended(root: Path, refs: Refs, model: str, remote: str | None) -> Standing:
     """Where the model stands. If the newest move lacks its tags, because it was cut off, they are made now.
 
     `RegistryError` if a tag is elsewhere than where the decisions have it, or one of an earlier move is missing.
@@ -222,6 +222,7 @@ def _mended(root: Path, refs: Refs, model: str, remote: str | None) -> Standing:
             f"the tag {missing[0]} of a recorded decision is missing: fetch the tags, or `weighin audit`"
         )
     if missing and moved:
+        # The tag objects are those that were or would have been made with the decision.
         message, who = _message(moved), _who(root, moved)
         moves = {f"refs/tags/{tag}": git.tag(root, tag, expected[tag], message, who) for tag in missing}
         if remote:
@@ -603,7 +604,7 @@ def publish(
         (folder / MODEL.name).unlink()
         tree = git.tree(root, folder)
     commit = _signed_commit(root, tree, refs.tip, message, who, signer)
-    # The branch first: if git is killed between two refs, the tags follow from it (`_mended`), not it from them.
+    # The branch first: if git is killed between two refs, the tags follow from it (`mended`), not it from them.
     moves = {BRANCH: commit}
     if decision.version:
         promotion = stands.promotions.get(decision.version)
