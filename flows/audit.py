@@ -158,6 +158,10 @@ def audit(
     walked: list[str] = []
     with git.Objects(root) as objects:
         reader = Reader(objects)
+        upstream = "refs/remotes/origin/registry"
+        if git.git(root, "for-each-ref", "--format=%(objectname)", upstream) not in _logged(root):
+            with contextlib.suppress(RegistryError):  # what stands against it is found below
+                registry.forward(root, upstream)  # a clone that is merely behind
         refs = _refs(root, reader)
         if refs.tip is None:
             raise RegistryError(f"{root} has no branch registry: nothing has been decided yet, or it was not fetched")
@@ -175,6 +179,9 @@ def audit(
             if wanted is None or one == wanted:
                 report.audited.append(entry.name)
                 store.check(outputs, report.noting(entry.name))
+    if not any(one.decision.model == model for one in entries) and not report.findings:
+        known = ", ".join(sorted({one.decision.model for one in entries}))
+        raise RegistryError(f"the registry has no decision on {model}; it has decisions on: {known}")
     report.decisions = len(entries)
     books = _replay(list(reversed(entries)), report)
     _tags(root, refs, walked, books, report)
@@ -559,14 +566,21 @@ def _tags(root: Path, refs: Refs, walked: list[str], books: dict[str, Books], re
 def _histories(root: Path, walked: list[str], report: Report) -> None:
     """Where the branch has been, here and at the remotes as they were last seen, is part of where it is now."""
     ever = git.git(root, "for-each-ref", "--format=%(objectname) %(refname)", "refs/remotes/*/registry").splitlines()
-    log = root / git.git(root, "rev-parse", "--git-path", f"logs/{registry.BRANCH}")  # git reads it with commits only
-    logged = [line.split(" ")[1] for line in log.read_text().splitlines()] if log.exists() else []
-    for line in [*ever, *(f"{commit} {registry.BRANCH} as it was" for commit in dict.fromkeys(logged))]:
+    for line in [*ever, *(f"{commit} {registry.BRANCH} as it was" for commit in dict.fromkeys(_logged(root)))]:
         commit, where = line.split(" ", 1)
         if commit not in walked:
             report.noting("the branch registry")(
                 registry.BRANCH, f"a history that has commit {commit[:12]} ({where})", "a history without it"
             )
+
+
+def _logged(root: Path) -> list[str]:
+    """The commits that the branch has been at here, as far as git's log of it goes."""
+    log = root / git.git(root, "rev-parse", "--git-path", f"logs/{registry.BRANCH}")  # git reads it with commits only
+    moves = [line.split(" ")[:2] for line in log.read_text().splitlines()] if log.exists() else []
+    # git writes the log first: a move that was cut off there was never made, and nothing goes on from it.
+    left = {old for old, _ in moves}
+    return [new for _, new in moves if new in left]
 
 
 def _replacements(root: Path, reader: Reader, report: Report) -> None:
@@ -654,7 +668,8 @@ def _working_copy(root: Path, entry: Entry, outputs: tuple[Material, ...], reade
     found = reader.objects.find(f"{entry.commit}:provenance.json")
     with contextlib.suppress(WeighinError, ValueError, RecursionError):
         made_of = documents.materials_of(json.loads(found.data if found else b""))
-        sources = materials.listed(root, made_of)
+        listing = next((one.md5 for one in outputs if one.path == paths.SOURCES.as_posix()), None)
+        sources = materials.listed(root, made_of) if _locked(root).get(str(paths.SOURCES), listing) == listing else {}
         fresh = not any((root / path).exists() for path in sources)
         for path, sha256 in sources.items():
             now = files.sha256(root / path) if (root / path).is_file() else "missing"
@@ -663,11 +678,15 @@ def _working_copy(root: Path, entry: Entry, outputs: tuple[Material, ...], reade
     _outputs(root, outputs, note)
 
 
+def _locked(root: Path) -> dict[str, str]:
+    lock = root / "dvc.lock"
+    return {out["path"]: out["md5"] for _, out in materials.locked(lock.read_bytes())} if lock.exists() else {}
+
+
 def _outputs(root: Path, outputs: tuple[Material, ...], note: Note) -> None:
     here = {one.path: materials.hashes(root / one.path) for one in outputs if (root / one.path).is_file()}
-    lock = root / "dvc.lock"
     try:
-        locked = {out["path"]: out["md5"] for _, out in materials.locked(lock.read_bytes())} if lock.exists() else {}
+        locked = _locked(root)
     except WeighinError as error:
         note("dvc.lock", "the outputs of the stages", str(error))
         locked = {}

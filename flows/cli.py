@@ -113,7 +113,9 @@ def show_gate(
         from tasks import gate
         from tasks.core import files
 
-        verdict = files.read_json(paths.report("gate"))
+        verdict = gate.read(paths.report("gate"))
+        if files.sha256(paths.onnx("reduce")) != verdict["model_sha256"]:
+            raise WeighinError(f"{paths.report('gate')} is about another model than {paths.onnx('reduce')} is now")
         if explain and not as_json:
             from flows import display
 
@@ -137,6 +139,7 @@ def approve(
     """
     with _sentences():
         _in_repository(paths.PARAMS)
+        _require_reason(reason)
         from flows.approval import approve
 
         say = (lambda text: print(text, file=sys.stderr)) if as_json else print
@@ -161,6 +164,7 @@ def rollback(
     """
     with _sentences():
         _in_repository(paths.PARAMS)
+        _require_reason(reason)
         from flows.rollback import rollback
 
         say = (lambda text: print(text, file=sys.stderr)) if as_json else print
@@ -218,6 +222,8 @@ def reproduce(
         _in_repository(paths.PARAMS)
         from flows import display
         from flows.reproduce import reproduce
+
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the worktree goes
 
         say = (lambda text: print(text, file=sys.stderr)) if as_json else print
         result = reproduce(Path.cwd(), model or config.load().model, version, say)
@@ -297,6 +303,11 @@ def show_params(params: ParamsFile = paths.PARAMS, as_json: AsJson = False) -> N
         from flows import display
 
         _print(loaded.model_dump(mode="json", by_alias=True), as_json, lambda _: display.params(loaded))
+
+
+def _require_reason(reason: str) -> None:
+    if not reason.strip():
+        raise ParamsError("--reason is empty: say why, it is recorded")
 
 
 @contextmanager

@@ -20,18 +20,19 @@ def backward(root: Path, model: str, version: str) -> list[dict[str, Any]]:
     Each has `version`, `commit`, `created`, `code`, `params`, `model_sha256`, `data_sha256`, `sources`, `artifacts`
     (SHA-256 by path) and `weights`, what training began with. `RegistryError` if there is no such version.
     """
-    tags, steps = registry.look(root).tags, []
-    wanted: str | None = f"{model}@{version}"
+    refs, steps = registry.look(root), []
+    wanted: tuple[str, str] | None = (model, version)
     with git.Objects(root) as objects:
         while wanted:
-            if wanted not in tags:
-                raise RegistryError(f"the registry has no version {wanted}: `gto show` lists those that there are")
-            commit = tags[wanted]
+            link = registry.standing(root, refs, wanted[0]).promotions.get(wanted[1])
+            if link is None:
+                raise RegistryError(f"the registry has no version {'@'.join(wanted)}: `gto show` lists what there is")
+            commit = link.commit
             decision, made_of = _of(objects, commit)
             params = config.read(objects.read(f"{commit}:params.yaml"), Path(f"{commit[:12]}:params.yaml"))
             steps.append(
                 {
-                    "version": wanted,
+                    "version": "@".join(wanted),
                     "commit": commit,
                     "created": decision.created,
                     "code": decision.code.model_dump(),
@@ -44,7 +45,7 @@ def backward(root: Path, model: str, version: str) -> list[dict[str, Any]]:
                 }
             )
             weights = made_of.weights
-            wanted = f"{weights['model']}@{weights['version']}" if weights.get("source") == "production" else None
+            wanted = (weights["model"], weights["version"]) if weights.get("source") == "production" else None
     return steps
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from flows.audit import audit
 from tasks.core import config, documents, files, git, materials, paths, registry
 from tasks.core.errors import RegistryError
 from tasks.core.materials import Materials
@@ -58,9 +59,13 @@ def reproduce(root: Path, model: str, version: str, say: Callable[[str], None] =
     the tolerance that the record states. `RegistryError` if something that it was made of cannot be had.
     """
     tag = f"{model}@{version}"
-    commit = registry.look(root).tags.get(tag)
-    if commit is None:
-        raise RegistryError(f"the registry has no version {tag}: `gto show` lists those that there are")
+    stands = registry.standing(root, registry.look(root), model)
+    if version not in stands.promotions:
+        raise RegistryError(f"the registry has no version {tag}; there are: {', '.join(stands.promotions) or 'none'}")
+    commit = stands.promotions[version].commit
+    findings = [one for one in audit(root, model, commit=commit, working_copy=False).findings if one.decision == tag]
+    if any(not one.found.startswith("missing in DVC") for one in findings):
+        raise RegistryError(f"the record of {tag} does not hold, so none of its code is run: `weighin audit {version}`")
     record = git.files(root, commit)
     decision = registry.parsed(Decision, record[DECISION], DECISION)
     made_of = documents.materials_of(json.loads(record["provenance.json"]))
@@ -70,7 +75,8 @@ def reproduce(root: Path, model: str, version: str, say: Callable[[str], None] =
             if path not in record:
                 raise RegistryError(f"the record of {tag} lacks {path}: `weighin audit {version}`")
             files.write_bytes(clean / path, record[path])
-        _lay_champion(root, model, record, clean)
+        _lay_champion(root, stands, record, clean)
+        _lay_start(root, made_of, params.finetune.weights.stage, clean)
         _bring_sources(root, clean, params.ingest.path, made_of)
         say(f"reproducing {tag} in {clean}")
         _run(clean, say)
@@ -97,12 +103,29 @@ def _worktree(root: Path, decision: Decision) -> Iterator[Path]:
             git.git(root, "worktree", "remove", "--force", str(clean))
 
 
-def _lay_champion(root: Path, model: str, record: dict[str, bytes], clean: Path) -> None:
+def _lay_start(root: Path, made_of: Materials, stage: str, clean: Path) -> None:
+    """The weights that training began with, where those were of a version in the registry: of that one, not today's."""
+    start = made_of.weights
+    if start.get("source") != "production":
+        return
+    name = f"{start['model']}@{start['version']}"
+    link = registry.standing(root, registry.look(root), start["model"]).promotions.get(start["version"])
+    if link is None:
+        raise RegistryError(f"{name}, which the version was warmed from, is not in the registry")
+    registry.bring(root, link.commit, paths.weights(stage), clean / paths.START, name)
+    if (found := files.sha256(clean / paths.START)) != start["sha256"]:
+        raise RegistryError(f"{paths.weights(stage)} of {name} has SHA-256 {found}, but {start['sha256']} was recorded")
+    files.write_bytes(clean / paths.START_VERSION, start["version"].encode())
+
+
+def _lay_champion(root: Path, stands: registry.Standing, record: dict[str, bytes], clean: Path) -> None:
     champion = registry.parsed(registry.Champion, record["champion.json"], "champion.json")
     files.write_bytes(clean / paths.CHAMPION_RECORD, record["champion.json"])
     if champion.version:
-        commit = registry.look(root).tags[f"{model}@{champion.version}"]
-        registry.bring(root, commit, registry.MODEL, clean / paths.CHAMPION_MODEL, f"{model}@{champion.version}")
+        if champion.version not in stands.promotions:
+            raise RegistryError(f"the champion that it faced, {champion.version}, is not in the registry")
+        commit = stands.promotions[champion.version].commit
+        registry.bring(root, commit, registry.MODEL, clean / paths.CHAMPION_MODEL, champion.version)
 
 
 def _bring_sources(root: Path, clean: Path, source: str, made_of: Materials) -> None:
@@ -120,6 +143,8 @@ def _bring_sources(root: Path, clean: Path, source: str, made_of: Materials) -> 
 
 
 def _run(clean: Path, say: Callable[[str], None]) -> None:
+    from flows.stage import end_group  # brings Prefect
+
     process = subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", "--force", "--no-run-cache", "gate"],
         cwd=clean,
@@ -127,13 +152,17 @@ def _run(clean: Path, say: Callable[[str], None]) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        start_new_session=True,
         env=_environment(),
     )
-    with process:
-        lines = []
+    lines = []
+    try:
         for line in process.stdout or ():
             lines.append(line.rstrip())
             say(line.rstrip())
+        process.wait()
+    finally:
+        end_group(process)
     if process.returncode:
         told = [line for line in lines if line.startswith(("error: ", "ERROR: "))] or lines[-1:]
         raise RegistryError(f"the version does not run again: {told[0] if told else 'it ended without a word'}")

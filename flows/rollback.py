@@ -4,12 +4,11 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from flows.audit import audit
-from tasks.core import config, documents, git, keys, paths, probe, registry, signing
+from tasks.core import config, documents, git, keys, paths, probe, registry
 from tasks.core.errors import RegistryError
 from tasks.core.git import Overtaken
 from tasks.core.registry import CARRIED, DECISION, ORIGIN, Decision, Refs, Standing, Verdict
@@ -110,8 +109,8 @@ def repeat(
     `git.Overtaken` if another one came first; then no ref has moved.
     """
     then = registry.parsed(Decision, contents[DECISION], DECISION)
-    signer = signing.signer(root, datetime.now(UTC), say)
-    decision = Decision.model_validate(then.model_dump() | change | registry.linked(root, refs, signer))
+    place, signer = registry.linked(root, refs, say)
+    decision = Decision.model_validate(then.model_dump() | change | place)
     params = config.read(contents["params.yaml"], Path("params.yaml"))
     verdict = registry.parsed(Verdict, contents["verdict.json"], "verdict.json")
     benchmark = registry.parsed(documents.Benchmark, contents["metrics.json"], "metrics.json")

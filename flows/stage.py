@@ -165,10 +165,10 @@ def _reproduce(name: str, say: Callable[[str], None]) -> tuple[int, list[str]]:
                 say(line.rstrip())
         return process.wait(), lines
     finally:
-        _end_group(process)
+        end_group(process)
 
 
-def _end_group(process: subprocess.Popen[str]) -> None:
+def end_group(process: subprocess.Popen[str]) -> None:
     """End whatever is left of the process group, politely first: a stage removes its temporary files on SIGTERM."""
     with suppress(ProcessLookupError):
         for ending in (signal.SIGTERM, signal.SIGKILL):

@@ -1,5 +1,6 @@
 """finetune: fit a pretrained backbone to the classes; leaves weights, ONNX, metrics and the history."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -38,7 +39,11 @@ def start(params: config.Finetune, classes: tuple[str, ...], own_name: str) -> t
             # Not a DVC dependency on purpose: else every promotion would make the model stale that it promoted.
             # What was fetched is recorded in model.json instead.
             production, name = Path(scratch) / "model.safetensors", params.weights.model or own_name
-            version = registry.fetch(Path.cwd(), name, paths.weights(params.weights.stage), production)
+            if paths.START.exists():  # a version is made again, which began with what was in production then
+                shutil.copy(paths.START, production)
+                version = paths.START_VERSION.read_text()
+            else:
+                version = registry.fetch(Path.cwd(), name, paths.weights(params.weights.stage), production)
             origin |= {"model": name, "version": version, "sha256": files.sha256(production)}
         elif params.weights.source == "file":
             origin |= {"path": str(params.weights.path), "sha256": files.sha256(Path(str(params.weights.path)))}

@@ -8,10 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from conftest import png
 from forgery import flip
 from ledger import BIN, FILES, MODEL, Ledger, call
 
 from flows.audit import audit, summary
+from flows.rollback import rollback
 from tasks.core import keys, paths, registry
 from tasks.core.errors import RegistryError
 
@@ -166,3 +168,21 @@ def test_memory_does_not_grow_with_the_artifacts(tmp_path: Path) -> None:
         assert report.findings == []
     assert report.bytes_hashed > 128_000_000
     assert peaks[2] < peaks[1] + 8_000_000  # a piece is one megabyte
+
+
+def test_a_model_that_nobody_knows_is_an_error_and_not_sound(tmp_path: Path) -> None:
+    ledger = Ledger.begin(tmp_path / "project", bootstrap=True)
+    ledger.decide(1)
+    with pytest.raises(RegistryError, match="no decision on typo; it has decisions on: classifier"):
+        audit(ledger.root, "typo")
+
+
+def test_new_data_and_a_rollback_are_no_tampering(tmp_path: Path) -> None:
+    ledger = Ledger.begin(tmp_path / "project", bootstrap=True)
+    ledger.decide(1)
+    ledger.write("data/raw/cat/0.png", png(99, 8))
+    ledger.prepare()
+    ledger.commit("New data")
+    ledger.decide(2)
+    rollback(ledger.root, MODEL, None, "worse")
+    assert audit(ledger.root, MODEL).findings == []

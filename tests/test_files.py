@@ -200,3 +200,13 @@ errors.run(main)
     process.terminate()
     assert process.wait(30) == 128 + 15
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, alive = (tmp_path / f".a.json.{process}.tmp" for process in (ended.pid, os.getppid()))
+    left.write_text("half")
+    alive.write_text("somebody is at it")
+    files.write_json(tmp_path / "a.json", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, "a.json"])

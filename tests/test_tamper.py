@@ -590,11 +590,6 @@ def back(ledger: Ledger) -> None:
     ledger.git("update-ref", BRANCH, "registry~1")
 
 
-def back_logs_gone(ledger: Ledger) -> None:
-    back(ledger)
-    ledger.git("reflog", "expire", "--expire=now", "--all")
-
-
 def back_remote_forgotten(ledger: Ledger) -> None:
     ledger.git("update-ref", "refs/remotes/origin/registry", "registry~1")
     back(ledger)
@@ -607,7 +602,6 @@ def back_traces_gone(ledger: Ledger, to: int = LAST - 1) -> None:
 
 
 case("moved-back", back, BRANCH, said="refs/remotes/origin/registry")
-case("moved-back-logs-gone", back_logs_gone, BRANCH, said="refs/remotes/origin/registry")
 case("moved-back-remote-forgotten", back_remote_forgotten, BRANCH, said="as it was")
 case("moved-back-traces-gone", back_traces_gone, BRANCH, "remote origin", remote=True)
 case("moved-back-tag-left", partial(back_traces_gone, to=SECOND), f"refs/tags/{MODEL}#production#3")

@@ -235,7 +235,9 @@ class Gate(Section):
 class Registry(Section):
     """Where decisions are kept."""
 
-    remote: str | None = Field(None, min_length=1, description="git remote that holds the registry; null: only here")
+    remote: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_][\w./-]*$", description="git remote that holds the registry; null: only here"
+    )
     reproduce_tolerance: Fraction = Field(
         0.01, description="top-1 may differ by this when reproduced on another kind of machine"
     )

@@ -1,6 +1,7 @@
 """Files that are either whole or not there: temporary name, sync, rename. And their SHA-256."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ def replacing(*targets: Path) -> Iterator[tuple[Path, ...]]:
     temporary = tuple(target.with_name(f".{target.name}.{os.getpid()}.tmp") for target in targets)
     for target in targets:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
     try:
         yield temporary
         for path in temporary:
@@ -43,6 +45,27 @@ def replacing(*targets: Path) -> Iterator[tuple[Path, ...]]:
             if path.is_dir():
                 shutil.rmtree(path)
             path.unlink(missing_ok=True)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what a process that was killed has left beside the target."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        process = left.name.split(".")[-2]
+        if process.isdecimal() and not _is_alive(int(process)):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_bytes(path: Path, data: bytes) -> None:

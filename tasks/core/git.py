@@ -3,6 +3,7 @@
 The user's branch, index and work tree are never touched. What goes wrong is a `RegistryError` with git's own words.
 """
 
+import hashlib
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ SETTINGS = (
     f"core.hooksPath={os.devnull}",
     "i18n.commitEncoding=UTF-8",
     "push.gpgSign=false",
+    "advice.graftFileDeprecated=false",
 )
 # Set while git runs a hook or an alias; with them, git would work on that repository, whatever the root.
 AS_THEY_ARE = {"GIT_NO_REPLACE_OBJECTS": "1", "GIT_GRAFT_FILE": os.devnull}  # objects, not what stands in for them
@@ -40,6 +42,11 @@ class Object(NamedTuple):
     name: str
     kind: str
     data: bytes
+
+    def is_sound(self) -> bool:
+        """Whether it hashes to its name, which git does not look at."""
+        algorithm = hashlib.sha256 if len(self.name) == 64 else hashlib.sha1
+        return algorithm(f"{self.kind} {len(self.data)}\0".encode() + self.data).hexdigest() == self.name
 
 
 class Objects:
@@ -79,7 +86,8 @@ class Objects:
             self.__exit__(None, None, None)
             self.__enter__()
             return None
-        return Object(fields[0], fields[1], data[:-1])
+        found = Object(fields[0], fields[1], data[:-1])
+        return found if found.is_sound() else None
 
     def read(self, name: str) -> bytes:
         """The content of an object that has to be there."""
@@ -99,7 +107,8 @@ def git(root: Path, *args: str, stdin: bytes = b"", env: dict[str, str] | None =
         )
         if done.returncode == 0:
             return done.stdout.decode(errors="replace").strip()
-        said = " ".join(done.stderr.decode(errors="replace").split()).replace("fatal: ", "")
+        lines = [line for line in done.stderr.decode(errors="replace").splitlines() if not line.startswith("hint: ")]
+        said = " ".join(" ".join(lines).split()).replace("fatal: ", "")
         lock = LOCKED.search(said)
         if lock is None or time.monotonic() > give_up:
             break

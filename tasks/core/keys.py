@@ -115,12 +115,13 @@ def add(root: Path, public_key: "EllipticCurvePublicKey", now: datetime) -> None
         _append(root, public_key, now)
 
 
-def current(root: Path, now: datetime, say: Callable[[str], None] = print) -> PrivateKey:
+def current(root: Path, now: datetime, say: Callable[[str], None] = print, first: bool = True) -> PrivateKey:
     """The key to sign with: WEIGHIN_SIGNING_KEY's, else the repository's local one, made if there is none.
 
     WEIGHIN_SIGNING_KEY is a path to a PEM file (from the repository's root), the PEM text, or a `pkcs11:` URI. A local
-    key is trusted right away if no key is yet; `say` tells of both. `RegistryError` if the key cannot be used, if
-    others can read its file, or if it is not trusted now; the message then has the line to add.
+    key is trusted right away if no key is yet and this is the `first` signature of all; `say` tells of both.
+    `RegistryError` if the key cannot be used, if others can read its file, or if it is not trusted now; the message
+    then has the line to add.
     """
     value = os.environ.get(VARIABLE)
     if value is not None:
@@ -134,7 +135,7 @@ def current(root: Path, now: datetime, say: Callable[[str], None] = print) -> Pr
             made = _make(root / LOCAL)
             say(f"made a signing key for this working copy: {root / LOCAL}, {fingerprint(made)}")
         key = _in_memory(_read(root / LOCAL))
-        if not trusted:
+        if not trusted and first:
             _append(root, key.public_key, now)
             say(f"{TRUSTED} trusts it now, as the first one: commit that file")
         _require_trusted(trusted_keys(root), key.public_key, now)

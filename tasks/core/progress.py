@@ -22,6 +22,6 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         now = time.monotonic()
         if now - last >= LOG_EVERY_S:
             of = f"/{total}" if total else ""
-            print(f"{description}: {count}{of} in {now - started:.0f} s", flush=True)
+            print(f"{description}: {count}{of} in {now - started:.0f} s", file=sys.stderr, flush=True)
             last = now
         yield item

@@ -24,6 +24,8 @@ from tasks.core.git import Objects, Overtaken
 
 BRANCH = "refs/heads/registry"
 STAGE = "production"
+TAG = re.compile(rf"refs/tags/[^/]+(@v\d+\.\d+\.\d+|#{STAGE}#\d+)")
+HELD = "refs/weighin/code"  # keeps the revisions of the code that decisions name, whatever becomes of their branch
 DVC_CONFIG = Path(".dvc/config")
 MODEL = paths.onnx("reduce")
 SIGNATURE = "bundle.sig"
@@ -186,12 +188,12 @@ def record(root: Path, model: str, say: Callable[[str], None] = print) -> tuple[
     or damaged, if the verdict judged other files than those that lie there now, or if dvc.lock does not name them.
     Then no ref has moved.
     """
+    remote = config.load(root / paths.PARAMS).registry.remote
     contents = {name: _read(root / path) for name, path in CARRIED.items()}
     verdict = parsed(Verdict, contents["verdict.json"], paths.report("gate"))
     parsed(documents.Benchmark, contents["metrics.json"], paths.report("benchmark"))
     _require_judged(root, verdict, contents["params.yaml"])
     _require_locked(root, contents["dvc.lock"])
-    remote = config.load(root / paths.PARAMS).registry.remote
     while True:
         try:
             refs = look(root, remote)
@@ -227,7 +229,7 @@ def mended(root: Path, refs: Refs, model: str, remote: str | None) -> Standing:
         moves = {f"refs/tags/{tag}": git.tag(root, tag, expected[tag], message, who) for tag in missing}
         if remote:
             _push(root, remote, moves, refs)
-            _fetch(root, remote)
+            look(root, remote)
         else:
             git.move(root, [f"create {ref} {new}" for ref, new in moves.items()], "finish a decision", {})
     return stands
@@ -265,7 +267,7 @@ def _record(
     code = _code(root)
     if remote:
         _require_pushed(root, remote, code)
-    signer = signing.signer(root, datetime.now(UTC), say)
+    place, signer = linked(root, refs, say)
     decision = Decision(
         model=model,
         outcome=outcome,
@@ -281,7 +283,7 @@ def _record(
         bootstrap=verdict.champion.version is None,
         traded=verdict.comparison is not None and verdict.comparison.traded,
         failed=tuple(check.name for check in verdict.checks if not check.passed),
-        **linked(root, refs, signer),
+        **place,
     )
     made_of = materials.read(root, contents["dvc.lock"])
     benchmark, environment = (
@@ -334,21 +336,43 @@ def standing(root: Path, refs: Refs, model: str) -> Standing:
             promotions[decision.version] = link
         if decision.version not in promotions:
             raise RegistryError(f"the rollback {link.commit} goes to {decision.version}, which was never promoted")
-        withdrawn.pop(decision.model_sha256, None)
         if decision.outcome == "rolled-back" and decision.replaces in promotions:
             withdrawn[promotions[decision.replaces].decision.model_sha256] = None
+        withdrawn.pop(decision.model_sha256, None)
         assignments.append(decision.version)
     return Standing(latest, moved, promotions, tuple(assignments), tuple(withdrawn))
 
 
 def chain(root: Path, tip: str | None) -> Iterator[Link]:
-    """Every decision from the tip back to the first; `RegistryError` if one cannot be read."""
+    """Every decision from the tip back to the first.
+
+    `RegistryError` if one cannot be read, is not signed by a key that was trusted then, or is not linked to the one
+    before: who can write to the branch, but has no key, must not say what the champion is.
+    """
+    trusted = keys.trusted_keys(root)
+    bundle: str | None = None  # as the decision after this one has it
     with Objects(root) as objects:
         while tip:
             name = f"{tip}:{DECISION}"
             decision = parsed(Decision, objects.read(name), name)
+            try:
+                _require_signed(objects, tip, decision, trusted, bundle)
+            except RegistryError as error:
+                raise RegistryError(f"decision {tip[:12]} does not hold: {error}; see `weighin audit`") from None
             yield Link(tip, decision)
-            tip = decision.previous
+            tip, bundle = decision.previous, decision.previous_sha256
+
+
+def _require_signed(
+    objects: Objects, commit: str, decision: Decision, trusted: tuple[keys.TrustedKey, ...], bundle: str | None
+) -> None:
+    payload, signature = signing.split_commit(objects.read(commit))
+    signer = signing.verify_commit(payload, signature, trusted, datetime.fromisoformat(decision.created))
+    parents = re.findall(rb"^parent ([0-9a-f]+)$", payload.partition(b"\n\n")[0], re.M)
+    if signer != decision.signer or [one.decode() for one in parents] != [decision.previous] * bool(decision.previous):
+        raise RegistryError(f"{DECISION} names another signer or another decision before it than the commit has")
+    if bundle is not None and files.sha256_of(objects.read(f"{commit}:{SIGNATURE}")) != bundle:
+        raise RegistryError(f"its {SIGNATURE} is not the one that the next decision has seen")
 
 
 def lay_champion(root: Path, model: str, challenger_sha256: str, bootstrap: bool) -> Champion:
@@ -494,8 +518,12 @@ def _require_pushed(root: Path, remote: str, code: Code) -> None:
         raise RegistryError(f"commit {code.commit} is not at {remote}: push it, so that others can audit the decision")
 
 
-def linked(root: Path, refs: Refs, signer: signing.Signer) -> dict[str, Any]:
-    """What every decision says of its place in the chain, its time, and who made it."""
+def linked(root: Path, refs: Refs, say: Callable[[str], None]) -> tuple[dict[str, Any], signing.Signer]:
+    """What every decision says of its place in the chain, its time, and who made it; and its signer.
+
+    `RegistryError` if the signer's key is not trusted, or is so only by a change that has not been committed: the
+    first key of all, which enters itself, does not need that.
+    """
     now, before = datetime.now(UTC), None
     if refs.tip:
         with Objects(root) as objects:
@@ -503,14 +531,28 @@ def linked(root: Path, refs: Refs, signer: signing.Signer) -> dict[str, Any]:
             before = files.sha256_of(objects.read(f"{refs.tip}:{SIGNATURE}"))
         # GTO orders tags by their second, so decisions never share one, nor go back with the clock.
         now = max(now, datetime.fromisoformat(last.created) + timedelta(seconds=1))
+    signer = signing.signer(root, now, say, first=refs.tip is None)
+    _require_reviewed(root, signer)
     who = git.git(root, "var", "GIT_AUTHOR_IDENT", env=git.identity(root))
-    return {
+    place = {
         "previous": refs.tip,
         "previous_sha256": before,
         "created": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "by": who.rsplit(" ", 2)[0],
         "signer": signer.fingerprint,
     }
+    return place, signer
+
+
+def _require_reviewed(root: Path, signer: signing.Signer) -> None:
+    with Objects(root) as objects:
+        committed = objects.find(f"HEAD:./{keys.TRUSTED}")
+    reviewed = keys.parse(committed.data) if committed else ()
+    if reviewed and all(key.fingerprint != signer.fingerprint for key in reviewed):
+        raise RegistryError(
+            f"key {signer.fingerprint} is in {keys.TRUSTED} here, but not in the last commit: have the change reviewed "
+            "and commit it"
+        )
 
 
 def next_version(versions: Iterable[str]) -> str:
@@ -532,10 +574,11 @@ def _code(root: Path) -> Code:
         raise RegistryError(f"{root} has no commit yet: commit the project, so that decisions can name it") from None
     carried = (f":(exclude){path.as_posix()}" for path in (*CARRIED.values(), keys.TRUSTED))
     # Without the optional lock, git status does not refresh the user's index.
-    changes = git.git(
-        root, "--no-optional-locks", "status", "--porcelain", "--untracked-files=normal", "--", ".", *carried
-    )
-    return Code(commit=commit, dirty=changes != "")
+    status = ("--no-optional-locks", "status", "--porcelain")
+    changes = git.git(root, *status, "--untracked-files=normal", "--", ".", *carried)
+    # What git ignores among the code is carried all the same, so no commit has it.
+    ignored = git.git(root, *status, "--untracked-files=all", "--ignored", "--", materials.CODE.as_posix())
+    return Code(commit=commit, dirty=changes != "" or any(line.endswith(".py") for line in ignored.splitlines()))
 
 
 def look(root: Path, remote: str | None = None) -> Refs:
@@ -544,6 +587,9 @@ def look(root: Path, remote: str | None = None) -> Refs:
     `RegistryError` if the remote cannot be reached, or if this registry and that one have parted ways.
     """
     theirs = _fetch(root, remote) if remote else None
+    if theirs and _commit(root, BRANCH) is None:
+        git.move(root, [f"create {BRANCH} {theirs}"], f"fetch {remote}", {})
+    forward(root, f"refs/remotes/{remote or 'origin'}/registry")
     fields = "%(refname) %(objectname) %(*objectname)"  # the last is the commit of an annotated tag
     upstream = f"refs/remotes/{remote or 'origin'}/registry"  # all that a fresh clone has of it
     lines = git.git(root, "for-each-ref", f"--format={fields}", BRANCH, upstream, "refs/tags").splitlines()
@@ -555,24 +601,35 @@ def look(root: Path, remote: str | None = None) -> Refs:
 
 
 def _fetch(root: Path, remote: str) -> str | None:
-    """Bring the remote's branches and tags, and move the branch `registry` forward to where it is there; says where."""
-    git.git(root, "fetch", "--quiet", "--tags", remote, f"+refs/heads/*:refs/remotes/{remote}/*")
-    theirs = git.git(root, "ls-remote", "--refs", remote, BRANCH).partition("\t")[0] or None
-    ours = _commit(root, BRANCH)
-    if theirs is None or ours == theirs:
-        return theirs
-    if ours is None:
-        git.move(root, [f"create {BRANCH} {theirs}"], f"fetch {remote}", {})
-        return theirs
-    base = git.git(root, "merge-base", ours, theirs)
-    if base == ours:
-        git.move(root, [f"update {BRANCH} {theirs} {ours}"], f"fetch {remote}", {})
-    elif base != theirs:
+    """Bring the remote's branches and the registry's tags; says where the registry's branch is there."""
+    listed = git.git(root, "ls-remote", "--refs", remote).splitlines()
+    there = {ref for _, ref in (line.split("\t") for line in listed)}
+    ours = set(git.git(root, "for-each-ref", "--format=%(refname)", "refs/tags").split())
+    tags = sorted(ref for ref in there - ours if TAG.fullmatch(ref))
+    kept = [f"+{HELD}/*:{HELD}/*"] if any(ref.startswith(f"{HELD}/") for ref in there) else []
+    specs = [f"+refs/heads/*:refs/remotes/{remote}/*", *kept, *(f"{ref}:{ref}" for ref in tags)]
+    git.git(root, "fetch", "--quiet", "--no-tags", remote, *specs)
+    return _commit(root, f"refs/remotes/{remote}/registry") if BRANCH in there else None
+
+
+def forward(root: Path, upstream: str) -> None:
+    """Move the branch `registry` forward to where it was last seen at the remote.
+
+    `RegistryError` if the two have parted ways.
+    """
+    ours, theirs = _commit(root, BRANCH), _commit(root, upstream)
+    if theirs is None or ours is None or ours == theirs or _is_ancestor(root, theirs, ours):
+        return
+    if not _is_ancestor(root, ours, theirs):
         raise RegistryError(
-            f"the branch registry here ({ours[:12]}) and at {remote} ({theirs[:12]}) have parted ways: "
+            f"the branch registry here ({ours[:12]}) and {upstream} ({theirs[:12]}) have parted ways: "
             "`weighin audit` tells which one holds"
         )
-    return theirs
+    git.move(root, [f"update {BRANCH} {theirs} {ours}"], f"forward to {upstream}", {})
+
+
+def _is_ancestor(root: Path, one: str, other: str) -> bool:
+    return one in git.git(root, "rev-list", other).split()
 
 
 def _commit(root: Path, ref: str) -> str | None:
@@ -615,9 +672,11 @@ def publish(
             if tag in refs.tags:
                 raise RegistryError(f"there is a tag {tag} already, and no decision has it: `weighin audit`")
             moves[f"refs/tags/{tag}"] = git.tag(root, tag, target, message, who)
+    if decision.code.commit and _commit(root, f"{HELD}/{decision.code.commit}") is None:
+        moves[f"{HELD}/{decision.code.commit}"] = decision.code.commit
     if remote:
         _push(root, remote, moves, refs)
-        _fetch(root, remote)
+        look(root, remote)
     else:
         expected = {BRANCH: refs.tip} if refs.local else {}
         steps = (
@@ -652,10 +711,11 @@ def _push(root: Path, remote: str, moves: dict[str, str], refs: Refs) -> None:
 
     Tags of earlier decisions that the remote lacks go along, as when the registry was kept here only until now.
     """
-    listed = git.git(root, "ls-remote", "--refs", remote, "refs/tags/*").split()[1::2]
+    listed = git.git(root, "ls-remote", "--refs", remote, "refs/tags/*", f"{HELD}/*").split()[1::2]
     decided = {link.commit for link in chain(root, refs.tip)}
     names = (f"refs/tags/{tag}" for tag, commit in refs.tags.items() if commit in decided)
-    older = {ref: ref for ref in names if ref not in listed}
+    held = git.git(root, "for-each-ref", "--format=%(refname)", HELD).split()
+    older = {ref: ref for ref in (*names, *held) if ref not in listed}
     leases = [f"--force-with-lease={ref}:{refs.theirs or '' if ref == BRANCH else ''}" for ref in (*moves, *older)]
     specs = [f"{new}:{ref}" for ref, new in (moves | older).items()]
     git.git(root, "push", "--quiet", "--atomic", *leases, remote, *specs)

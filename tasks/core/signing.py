@@ -63,9 +63,9 @@ class Signer:
             made.write(temporary)
 
 
-def signer(root: Path, now: datetime, say: Callable[[str], None] = print) -> Signer:
+def signer(root: Path, now: datetime, say: Callable[[str], None] = print, first: bool = True) -> Signer:
     """The signer of the repository at `root`: see `keys.current`, which finds its key or makes it."""
-    return Signer(keys.current(root, now, say))
+    return Signer(keys.current(root, now, say, first))
 
 
 def verify_commit(payload: bytes, signature: str | None, trusted: Iterable[keys.TrustedKey], at: datetime) -> str:

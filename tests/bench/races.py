@@ -25,6 +25,7 @@ TARGET = ROOT / paths.REPORTS / "bench" / "races.json"
 SEED = 1
 ROUNDS, ROLLBACKS = 50, 10
 JITTER_S = 0.05
+HEADER = f"{'rivals':26} {'rounds':>6} {'first won':>9} {'second won':>10} {'superseded':>10} {'overtaken':>9} wrong"
 LATE_S = 2.0  # a rollback runs the model first, so that promotions that start with it would always come before it
 
 
@@ -69,13 +70,11 @@ def main() -> None:
         rows.append(promotions(Path(scratch) / "clones", shared=True))
         print(rows[-1], flush=True)
         rows.append(rollbacks(Path(scratch) / "rollbacks"))
-    print(
-        f"{'rivals':26} {'rounds':>6} {'won by first':>12} {'by second':>9} {'superseded':>10} {'overtaken':>9} wrong"
-    )
+    print(f"{'rivals':26} {'rounds':>6} {'first won':>9} {'second won':>10} {'superseded':>10} {'overtaken':>9} wrong")
     for row in rows:
         first, second = row["won"]
-        counts = f"{row['rounds']:6} {first:12} {second:9} {row['superseded']:10} {row['overtaken']:9}"
-        print(f"{row['rivals']:26} {counts} {len(row['wrong'])}")
+        counts = f"{row['rounds']:6} {first:9} {second:10} {row['superseded']:10} {row['overtaken']:9}"
+        print(f"{row['rivals']:26} {counts} {len(row['wrong']):5}")
     for text in (text for row in rows for text in row["wrong"]):
         print(f"WRONG {text}")
     print(f"overtaken: the refs had moved between reading and writing, {time.monotonic() - started:.0f} s in all")
