@@ -40,6 +40,11 @@ MASKED: dict[str, tuple[int, list[str], int]] = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: it takes one core as long as the others take the other one."""
+    items.sort(key=lambda item: item.path.name != "test_flow.py")
+
+
 @dataclass(frozen=True)
 class Network:
     """A network with masked channels and blocks, as fp32 and as int8, and what it was masked to."""
