@@ -350,7 +350,9 @@ def test_a_decision_is_coherent() -> None:
 def test_a_lock_that_a_killed_git_left_is_outlasted(root: Path) -> None:
     decide(root, 1)
     judge(root, 2)
-    for ref in ("refs/heads/registry", "refs/tags/classifier@v0.2.0", "refs/tags/classifier#production#2"):
+    git(root, "commit", "--quiet", "--allow-empty", "-m", "Another revision")
+    held = f"{registry.HELD}/{git(root, 'rev-parse', 'HEAD')}"
+    for ref in ("refs/heads/registry", "refs/tags/classifier@v0.2.0", "refs/tags/classifier#production#2", held):
         (root / ".git" / f"{ref}.lock").touch()
         os.utime(root / ".git" / f"{ref}.lock", (1, 1))
     assert registry.record(root, "classifier")[0].version == "v0.2.0"

@@ -28,7 +28,9 @@ SETTINGS = (
 AS_THEY_ARE = {"GIT_NO_REPLACE_OBJECTS": "1", "GIT_GRAFT_FILE": os.devnull}  # objects, not what stands in for them
 INHERITED = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_NAMESPACE")
 RACES = ("but expected", "already exists", "stale info", "fetch first", "failed to update ref")
-LOCKED = re.compile(r"Unable to create '([^']+/refs/(?:heads/registry|tags/[^/']+|remotes/[^']+)\.lock)': File exists")
+LOCKED = re.compile(
+    r"Unable to create '([^']+/refs/(?:heads/registry|tags/[^/']+|remotes/[^']+|weighin/[^']+)\.lock)': File exists"
+)
 STALE_S = 5.0  # git holds the lock of a ref for milliseconds: an older one was left by a git that was killed
 
 
