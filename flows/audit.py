@@ -86,7 +86,7 @@ class Books:
 
 
 class Reader:
-    """Git objects, each hashed when it is read; a file that many decisions share is hashed with SHA-256 once."""
+    """Git objects by their own names; a file that many decisions share is hashed with SHA-256 once."""
 
     def __init__(self, objects: git.Objects) -> None:
         self.objects = objects
@@ -99,8 +99,7 @@ class Reader:
         found = self.objects.find(name)
         if found is None:
             raise RegistryError("missing or damaged in git's object store")
-        algorithm = hashlib.sha256 if len(name) == 64 else hashlib.sha1
-        if found.kind != kind or algorithm(f"{kind} {len(found.data)}\0".encode() + found.data).hexdigest() != name:
+        if (found.kind, found.name) != (kind, name):
             raise RegistryError(f"git object {name} does not hash to its name")
         if kind == "blob":
             self.sha256[name] = files.sha256_of(found.data)
@@ -149,19 +148,12 @@ def audit(
     `RegistryError` if there is no registry, or no such version.
     """
     report = Report()
-    try:
-        trusted = keys.trusted_keys(root)
-    except RegistryError as error:
-        report.noting("trusted keys")(str(keys.TRUSTED), "public keys, one to a line", str(error))
-        trusted = ()
+    trusted = _trusted(root, report)
+    _catch_up(root)
     entries: list[Entry] = []
     walked: list[str] = []
     with git.Objects(root) as objects:
         reader = Reader(objects)
-        upstream = "refs/remotes/origin/registry"
-        if git.git(root, "for-each-ref", "--format=%(objectname)", upstream) not in _logged(root):
-            with contextlib.suppress(RegistryError):  # what stands against it is found below
-                registry.forward(root, upstream)  # a clone that is merely behind
         refs = _refs(root, reader)
         if refs.tip is None:
             raise RegistryError(f"{root} has no branch registry: nothing has been decided yet, or it was not fetched")
@@ -190,6 +182,22 @@ def audit(
     if remote:
         _elsewhere(root, remote, refs, walked, tuple(books), report)
     return report
+
+
+def _trusted(root: Path, report: Report) -> tuple[keys.TrustedKey, ...]:
+    try:
+        return keys.trusted_keys(root)
+    except RegistryError as error:
+        report.noting("trusted keys")(str(keys.TRUSTED), "public keys, one to a line", str(error))
+        return ()
+
+
+def _catch_up(root: Path) -> None:
+    """Bring a clone that is merely behind to where its origin was last seen; a branch that was moved back stays."""
+    upstream = "refs/remotes/origin/registry"
+    if git.git(root, "for-each-ref", "--format=%(objectname)", upstream) not in _logged(root):
+        with contextlib.suppress(RegistryError):  # the audit finds what stands against it
+            registry.forward(root, upstream)
 
 
 def _refs(root: Path, reader: Reader) -> Refs:

@@ -1,6 +1,5 @@
 """Lineage: from a version back to all that it was made of, and from a data file forward to every model that saw it."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ def backward(root: Path, model: str, version: str) -> list[dict[str, Any]]:
                 raise RegistryError(f"the registry has no version {'@'.join(wanted)}: `gto show` lists what there is")
             commit = link.commit
             decision, made_of = _of(objects, commit)
-            params = config.read(objects.read(f"{commit}:params.yaml"), Path(f"{commit[:12]}:params.yaml"))
+            params = _params(objects, commit)
             steps.append(
                 {
                     "version": "@".join(wanted),
@@ -69,9 +68,11 @@ def forward(root: Path, file: Path) -> list[dict[str, str]]:
                 continue
             _, made_of = _of(objects, link.commit)
             manifest = next(one for one in made_of.outputs if one.path == paths.MANIFEST.as_posix())
-            if manifest.md5 not in seen:
-                seen[manifest.md5] = _images(cached(manifest.md5), manifest, file, sha256)
-            found = seen[manifest.md5] or _files(materials.listed(root, made_of), file, sha256)
+            source = _params(objects, link.commit).ingest.path
+            if (manifest.md5, source) not in seen:
+                path = materials.verified(cached(manifest.md5), manifest)
+                seen[manifest.md5, source] = _images(path, source, file, sha256)
+            found = seen[manifest.md5, source] or _files(materials.listed(root, made_of), file, sha256)
             what = {"decision": named(link.commit, link.decision), "outcome": link.decision.outcome}
             rows += [what | {"path": path, "split": split} for path, split in found]
     return rows
@@ -82,28 +83,19 @@ def _of(objects: git.Objects, commit: str) -> tuple[Decision, Materials]:
     return decision, documents.materials_of(json.loads(objects.read(f"{commit}:provenance.json")))
 
 
+def _params(objects: git.Objects, commit: str) -> config.Params:
+    return config.read(objects.read(f"{commit}:params.yaml"), Path(f"{commit[:12]}:params.yaml"))
+
+
 def _files(sources: dict[str, str], file: Path, sha256: str | None) -> list[tuple[str, str]]:
     return [(path, "all") for path, one in sources.items() if path == file.as_posix() or one == sha256]
 
 
-def _images(path: Path, manifest: materials.Material, file: Path, sha256: str | None) -> list[tuple[str, str]]:
-    """The rows of a manifest that are this image: its path in the source and its split."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise RegistryError(
-            f"{manifest.path} (md5 {manifest.md5}) is not in DVC's cache: `dvc fetch` it first"
-        ) from None
-    if files.sha256_of(data) != manifest.sha256:
-        raise RegistryError(f"{manifest.path} in DVC's cache ({path}) is not what was recorded: `weighin audit`")
-    table = pq.read_table(io.BytesIO(data), columns=["path", "sha256", "split"]).to_pylist()
+def _images(manifest: Path, source: str, file: Path, sha256: str | None) -> list[tuple[str, str]]:
+    """The rows of a manifest that are this image, by its bytes or by its path in the source or from here."""
+    table = pq.read_table(manifest, columns=["path", "sha256", "split"]).to_pylist()
     return [
         (row["path"], row["split"] or "set aside")
         for row in table
-        if row["sha256"] == sha256 or file.as_posix() in (row["path"], *_outside(row["path"], file))
+        if row["sha256"] == sha256 or file in (Path(row["path"]), Path(source) / row["path"])
     ]
-
-
-def _outside(path: str, file: Path) -> list[str]:
-    # The manifest has paths from the source's folder, people give them from the repository's root.
-    return [file.as_posix()] if file.as_posix().endswith(f"/{path}") else []

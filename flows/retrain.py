@@ -103,10 +103,11 @@ def decide(asked: bytes) -> dict[str, Any]:
     """
     if paths.PARAMS.read_bytes() != asked:
         raise StageError(f"{paths.PARAMS} changed while the run was at work: run again")
-    verdict = sentence(confirmed(config.load()))
+    params = config.load()
+    verdict = sentence(confirmed(params))
     artifacts.show_stages()
     artifacts.show_gate(verdict)
-    decision, recorded = registry.record(Path.cwd(), config.load().model, get_run_logger().info)
+    decision, recorded = registry.record(Path.cwd(), params.model, get_run_logger().info)
     outcome = f"{decision.outcome} {decision.model} {decision.version or ''}".strip()
     get_run_logger().info("%s (%s), %s", outcome, "new" if recorded else "already recorded", verdict)
     report = files.read_json(paths.report("benchmark"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.audit import audit
-from tasks.core import config, documents, git, keys, paths, probe, registry
+from tasks.core import config, documents, files, git, keys, paths, probe, registry
 from tasks.core.errors import RegistryError
 from tasks.core.git import Overtaken
 from tasks.core.registry import CARRIED, DECISION, ORIGIN, Decision, Refs, Standing, Verdict
@@ -116,10 +116,10 @@ def repeat(
     benchmark = registry.parsed(documents.Benchmark, contents["metrics.json"], "metrics.json")
     code = documents.materials_of(json.loads(contents["provenance.json"])).code
     bundle = {name: contents[name] for name in (*CARRIED, *ORIGIN, *code)} | {
-        DECISION: registry.to_json(decision.model_dump(mode="json")),
+        DECISION: files.to_json(decision.model_dump(mode="json")),
         "trusted_keys": (root / keys.TRUSTED).read_bytes(),
         "README.md": documents.card(decision, verdict.checks, benchmark, params).encode(),
-        "infra.json": registry.to_json({"environment": documents.environment(), "golden": infra}),
+        "infra.json": files.to_json({"environment": documents.environment(), "golden": infra}),
     }
     registry.publish(root, decision, bundle, shipped, refs, stands, remote, signer)
     return decision

@@ -6,7 +6,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,15 @@ MASKED: dict[str, tuple[int, list[str], int]] = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file first: it takes one core as long as the others take the other one."""
     items.sort(key=lambda item: item.path.name != "test_flow.py")
+
+
+@pytest.fixture(scope="module")
+def own_git() -> Iterator[None]:
+    """A git that knows none of the machine's settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "TZ": "UTC"}.items():
+            patch.setenv(name, value)
+        yield
 
 
 @dataclass(frozen=True)

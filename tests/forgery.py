@@ -116,7 +116,7 @@ def relink(ledger: Ledger, contents: Contents, parent: str | None, signer: signi
         decision |= {"previous": parent, "previous_sha256": there and files.sha256_of(there)}
     if signer:
         decision["signer"] = signer.fingerprint
-    contents[DECISION] = registry.to_json(decision)
+    contents[DECISION] = files.to_json(decision)
 
 
 def write(

@@ -3,7 +3,6 @@
 import json
 import re
 import tracemalloc
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,13 +18,7 @@ from tasks.core.errors import RegistryError
 
 SHIPPED = paths.onnx("reduce").as_posix()
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_git() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1", "TZ": "UTC"}.items():
-            patch.setenv(name, value)
-        yield
+pytestmark = pytest.mark.usefixtures("own_git")
 
 
 @pytest.fixture(scope="module")

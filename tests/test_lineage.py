@@ -143,3 +143,10 @@ def test_a_manifest_that_is_missing_or_damaged_is_told(ledger: Ledger, tmp_path:
     path.unlink()
     with pytest.raises(RegistryError, match="dvc fetch"):
         lineage.forward(copy.root, Path(RAW))
+
+
+def test_a_file_of_that_name_elsewhere_is_another_file(tmp_path: Path) -> None:
+    ledger = Ledger.begin(tmp_path / "project", bootstrap=True)
+    ledger.decide(1)
+    assert [row["path"] for row in lineage.forward(ledger.root, Path("data/raw/cat/0.png"))] == ["cat/0.png"]
+    assert lineage.forward(ledger.root, Path("data/elsewhere/cat/0.png")) == []

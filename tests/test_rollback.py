@@ -2,7 +2,6 @@
 
 import json
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,7 @@ from tasks.core.registry import BRANCH, Decision
 
 SHIPPED = paths.onnx("reduce").as_posix()
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_git() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1", "TZ": "UTC"}.items():
-            patch.setenv(name, value)
-        yield
+pytestmark = pytest.mark.usefixtures("own_git")
 
 
 @pytest.fixture

@@ -77,10 +77,15 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON; numbers that are not finite are refused, since JSON has none."""
     try:
-        text = json.dumps(content, indent=2, allow_nan=False)
+        data = to_json(content)
     except ValueError as error:
         raise WeighinError(f"{path}: a number is not finite, so it cannot be written as JSON") from error
-    write_bytes(path, (text + "\n").encode())
+    write_bytes(path, data)
+
+
+def to_json(content: Any) -> bytes:
+    """`content` as every JSON file here has it; `ValueError` at a number that is not finite."""
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:

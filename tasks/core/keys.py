@@ -109,12 +109,6 @@ def trusted_line(public_key: "EllipticCurvePublicKey", after: datetime) -> str:
     return f"weighin {options} {KIND} {base64.b64encode(wire(public_key)).decode()} {fingerprint(public_key)}"
 
 
-def add(root: Path, public_key: "EllipticCurvePublicKey", now: datetime) -> None:
-    """Trust a key from now on: append its line to the trusted keys."""
-    with _locked(root):
-        _append(root, public_key, now)
-
-
 def current(root: Path, now: datetime, say: Callable[[str], None] = print, first: bool = True) -> PrivateKey:
     """The key to sign with: WEIGHIN_SIGNING_KEY's, else the repository's local one, made if there is none.
 

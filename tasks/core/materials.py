@@ -139,12 +139,17 @@ def listed(root: Path, made_of: Materials) -> dict[str, str]:
     listing = next((one for one in made_of.outputs if one.path == paths.SOURCES.as_posix()), None)
     if listing is None:
         raise RegistryError(f"provenance.json names neither sources nor {paths.SOURCES}")
-    path = cache(root)(listing.md5)
+    content = files.read_json(verified(cache(root)(listing.md5), listing))
+    return {str(name): str(sha256) for name, sha256 in content.items()}
+
+
+def verified(path: Path, material: Material) -> Path:
+    """The path, where DVC's cache has the material; `RegistryError` if it is not there, or not what was recorded."""
     if not path.is_file():
-        raise RegistryError(f"{listing.path} (md5 {listing.md5}) is not in DVC's cache: `dvc fetch` it first")
-    if files.sha256(path) != listing.sha256:
-        raise RegistryError(f"{listing.path} in DVC's cache ({path}) is not what was recorded: `weighin audit`")
-    return {str(name): str(sha256) for name, sha256 in files.read_json(path).items()}
+        raise RegistryError(f"{material.path} (md5 {material.md5}) is not in DVC's cache: `dvc fetch` it first")
+    if files.sha256(path) != material.sha256:
+        raise RegistryError(f"{material.path} in DVC's cache ({path}) is not what was recorded: `weighin audit`")
+    return path
 
 
 def code(root: Path) -> dict[str, str]:

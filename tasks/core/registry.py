@@ -26,7 +26,6 @@ BRANCH = "refs/heads/registry"
 STAGE = "production"
 TAG = re.compile(rf"refs/tags/[^/]+(@v\d+\.\d+\.\d+|#{STAGE}#\d+)")
 HELD = "refs/weighin/code"  # keeps the revisions of the code that decisions name, whatever becomes of their branch
-DVC_CONFIG = Path(".dvc/config")
 MODEL = paths.onnx("reduce")
 SIGNATURE = "bundle.sig"
 # What a decision says of how the model was made; a rollback repeats it.
@@ -41,7 +40,7 @@ CARRIED = {
     "params.yaml": paths.PARAMS,
     "dvc.yaml": Path("dvc.yaml"),
     "dvc.lock": Path("dvc.lock"),
-    ".dvc/config": DVC_CONFIG,
+    ".dvc/config": Path(".dvc/config"),
 }
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -182,8 +181,8 @@ def record(root: Path, model: str, say: Callable[[str], None] = print) -> tuple[
     """Record the gate's verdict on `model` in the repository at `root`; say the decision and whether it is new.
 
     The model is promoted (or held, where promotions need an approval) if the verdict and every check in it passed, and
-    refused otherwise. Not recorded twice is a
-    verdict that is the model's latest decision already, nor one that passes what is in production already.
+    refused otherwise. Nothing new is recorded for a verdict that is the model's latest decision already, nor for one
+    that passes what is in production already.
     `Superseded` if another version has come into production since the verdict; `RegistryError` if a file is missing
     or damaged, if the verdict judged other files than those that lie there now, or if dvc.lock does not name them.
     Then no ref has moved.
@@ -286,23 +285,33 @@ def _record(
         **place,
     )
     made_of = materials.read(root, contents["dvc.lock"])
-    benchmark, environment = (
-        parsed(documents.Benchmark, contents["metrics.json"], "metrics.json"),
-        documents.environment(),
-    )
-    bundle = contents | {
-        DECISION: to_json(decision.model_dump(mode="json")),
-        "environment.json": to_json(environment),
-        "trusted_keys": (root / keys.TRUSTED).read_bytes(),
-        "bom.cdx.json": to_json(documents.bom(decision, params, benchmark, environment)),
-        "provenance.json": to_json(documents.provenance(decision, params, made_of, environment)),
-        "README.md": documents.card(decision, verdict.checks, benchmark, params).encode(),
-        **{path: (root / path).read_bytes() for path in made_of.code},
-    }
+    bundle = _bundle(root, decision, params, contents, verdict, made_of)
     if remote:
         _push_data(root, made_of.outputs, refs)
     publish(root, decision, bundle, root / MODEL, refs, stands, remote, signer)
     return decision
+
+
+def _bundle(
+    root: Path,
+    decision: Decision,
+    params: config.Params,
+    contents: dict[str, bytes],
+    verdict: Verdict,
+    made_of: materials.Materials,
+) -> dict[str, bytes]:
+    """Every file of the decision: what it carries of the working copy, the code, and what is written for it."""
+    benchmark = parsed(documents.Benchmark, contents["metrics.json"], "metrics.json")
+    environment = documents.environment()
+    return contents | {
+        DECISION: files.to_json(decision.model_dump(mode="json")),
+        "environment.json": files.to_json(environment),
+        "trusted_keys": (root / keys.TRUSTED).read_bytes(),
+        "bom.cdx.json": files.to_json(documents.bom(decision, params, benchmark, environment)),
+        "provenance.json": files.to_json(documents.provenance(decision, params, made_of, environment)),
+        "README.md": documents.card(decision, verdict.checks, benchmark, params).encode(),
+        **{path: (root / path).read_bytes() for path in made_of.code},
+    }
 
 
 def latest(root: Path, model: str) -> Decision | None:
@@ -459,11 +468,6 @@ def _passed(verdict: Verdict) -> bool:
     return verdict.passed and all(check.passed for check in verdict.checks)
 
 
-def to_json(content: Any) -> bytes:
-    """JSON as the registry's files have it."""
-    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
-
-
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -561,12 +565,6 @@ def next_version(versions: Iterable[str]) -> str:
     return f"v{major}.{minor + 1}.0"
 
 
-def is_tag(tag: str, models: tuple[str, ...]) -> bool:
-    """Whether a tag of that name speaks of a version or of the production of one of these models."""
-    pattern = rf"({'|'.join(map(re.escape, models))})(@v\d+\.\d+\.\d+|#{STAGE}#\d+)"
-    return re.fullmatch(pattern, tag) is not None
-
-
 def _code(root: Path) -> Code:
     try:
         commit = git.git(root, "rev-parse", "--verify", "HEAD^{commit}")
@@ -586,12 +584,12 @@ def look(root: Path, remote: str | None = None) -> Refs:
 
     `RegistryError` if the remote cannot be reached, or if this registry and that one have parted ways.
     """
+    upstream = f"refs/remotes/{remote or 'origin'}/registry"  # all that a fresh clone has of it
     theirs = _fetch(root, remote) if remote else None
     if theirs and _commit(root, BRANCH) is None:
         git.move(root, [f"create {BRANCH} {theirs}"], f"fetch {remote}", {})
-    forward(root, f"refs/remotes/{remote or 'origin'}/registry")
+    forward(root, upstream)
     fields = "%(refname) %(objectname) %(*objectname)"  # the last is the commit of an annotated tag
-    upstream = f"refs/remotes/{remote or 'origin'}/registry"  # all that a fresh clone has of it
     lines = git.git(root, "for-each-ref", f"--format={fields}", BRANCH, upstream, "refs/tags").splitlines()
     commits = {name: last for name, *_, last in map(str.split, lines)}
     tags = {
@@ -629,7 +627,7 @@ def forward(root: Path, upstream: str) -> None:
 
 
 def _is_ancestor(root: Path, one: str, other: str) -> bool:
-    return one in git.git(root, "rev-list", other).split()
+    return git.git(root, "rev-list", "--max-count=1", one, f"^{other}") == ""
 
 
 def _commit(root: Path, ref: str) -> str | None:
@@ -645,8 +643,8 @@ def publish(
     stands: Standing,
     remote: str | None,
     signer: signing.Signer,
-) -> str:
-    """Sign the bundle with the model, commit it, and move branch and tags; says the commit.
+) -> None:
+    """Sign the bundle with the model, commit it, and move branch and tags.
 
     `Overtaken` if another decision came first; `RegistryError` if a tag is in the way. Then no ref has moved.
     """
@@ -684,7 +682,6 @@ def publish(
             for ref, new in moves.items()
         )
         git.move(root, list(steps), message, who)
-    return commit
 
 
 def _message(decision: Decision) -> str:

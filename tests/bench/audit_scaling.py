@@ -20,7 +20,7 @@ from ledger import MODEL, Ledger
 from tasks.core import files
 from tasks.core.progress import track
 
-TARGET = Path("data/reports/bench/audit_scaling.json")
+TARGET = Path(__file__).parents[2] / "data/reports/bench/audit_scaling.json"
 ALONE = f"""
 import json, resource, sys, time
 from pathlib import Path
