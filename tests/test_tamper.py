@@ -335,7 +335,7 @@ def told(**changes: Any) -> Edit:
     """The record with some values changed."""
 
     def edit(_: Ledger, contents: Contents) -> None:
-        contents[DECISION] = registry.to_json(json.loads(contents[DECISION]) | changes)
+        contents[DECISION] = files.to_json(json.loads(contents[DECISION]) | changes)
 
     return edit
 
@@ -482,7 +482,7 @@ def lost(path: str) -> Edit:
         content = json.loads(contents["provenance.json"])
         details = content["predicate"]["runDetails"]
         details["byproducts"] = [one for one in details["byproducts"] if one["name"] != path]
-        contents["provenance.json"] = registry.to_json(content)
+        contents["provenance.json"] = files.to_json(content)
 
     return edit
 
@@ -493,7 +493,7 @@ def other_output(path: str, **changes: Any) -> Edit:
         for one in content["predicate"]["runDetails"]["byproducts"]:
             if one["name"] == path:
                 one["digest"]["sha256"] = "0" * 64
-        contents["provenance.json"] = registry.to_json(content)
+        contents["provenance.json"] = files.to_json(content)
 
     return edit
 

@@ -31,7 +31,7 @@ import crash
 import httpx
 import psutil
 from ruamel.yaml import YAML
-from test_flow import BIN, FAILED, PROMOTED, RECIPE, Workspace, checkout, free_port, wait_for
+from workspace import BIN, FAILED, PROMOTED, RECIPE, Workspace, checkout, free_port, wait_for
 
 from flows.reproduce import MEASURED
 from tasks import STAGES
