@@ -7,11 +7,12 @@ export DVC_NO_ANALYTICS = 1
 export GX_ANALYTICS_ENABLED = false
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
-.PHONY: help run test check setup digits
+.PHONY: help run test check bench setup digits
 help:
 	@echo "make run [PARAMS=FILE]   the whole job: data in, decision out"
 	@echo "make test                every test"
 	@echo "make check               ruff, mypy, documents in step with the code"
+	@echo "make bench               the last run's model beside its peers, and the LeNets of Deep Compression on MNIST"
 	@echo "make digits              the data of data/recipes/mlp-digits.yaml"
 
 run: setup
@@ -26,6 +27,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest --quiet --durations=0 tests/test_docs.py tests/test_dvc_yaml.py
+
+bench: setup
+	$(BIN)/python tests/bench/peers.py
+	$(BIN)/python tests/bench/deep_compression.py
 
 setup: .venv/.ready
 
