@@ -256,6 +256,23 @@ def lineage(
             _print(lines.forward(Path.cwd(), file), as_json, display.uses)
 
 
+@app.command()
+def profile(params: ParamsFile = paths.PARAMS, as_json: AsJson = False) -> None:
+    """Measure this machine for `compress`: what each int8 layer of the backbone takes at each width.
+
+    Writes data/device.json, which belongs in git: the plan for a budget is made from it. Run it on the device, or on
+    its like, with nothing else at work, whenever the backbone, the image size or the device changes.
+    """
+    with _sentences():
+        chosen = _in_repository(params)
+        content = config.load(chosen)
+        from flows.profile import profile
+
+        found = profile(content, paths.DEVICE)
+        text = f"profile: {found['measured']} layers measured on {found['processor']}, in {paths.DEVICE}"
+        _print(found, as_json, lambda _: print(text))
+
+
 @keys_app.command()
 def rotate() -> None:
     """Sign with a new key from now on; what the old one signed stays valid.

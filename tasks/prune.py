@@ -1,19 +1,28 @@
 """prune: decide what goes, zero it, and recover by distillation; the physical shape stays."""
 
 import copy
+import hashlib
 import itertools
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, Subset
 
-from tasks.core import backbone, config, files, masks, paths, training
+from tasks.core import allocation, backbone, config, costs, files, importance, masks, paths, training
 from tasks.core.backbone import Spec
 from tasks.core.errors import StageError, run
 from tasks.core.export import export
 from tasks.core.progress import track
+
+TAYLOR_IMAGES, TAYLOR_BATCH = 1024, 32
+MARGIN = 0.95  # of a limit: what the table says and what is measured later differ by a few per cent
+LOOSER = 1.5  # from one try to the next, where what fits the budget does not hold the top-1
+TRIES = 4
 
 
 def decide(slim: nn.Module, params: config.Prune, val: training.Images, head: str) -> dict[str, Any]:
@@ -50,21 +59,72 @@ def recover(
     val: training.Images,
     **fit: Any,
 ) -> list[dict[str, float]]:
-    """Train the slim network, in place, to answer as the teacher does; zeros stay zero. Returns the history."""
+    """Train the slim network, in place, to answer as the teacher does; zeros stay zero. Returns the history.
+
+    `train` comes without augmentation: that is a part of the parameters.
+    """
     where = training.device()
     slim.to(where)
     teacher.to(where).eval()
+    augment = params.training.augment
+    if augment.crop_scale == 1 and augment.erase == 0:  # then the teacher has but two answers to an image
+        loss: training.Loss = answered(answers(teacher, train), torch.tensor(train.labels), params)
+        history = training.fit(slim, Mirrored(train, augment.flip), val, loss, params.training, **fit)
+    else:
+        history = training.fit(slim, train.augmented(augment), val, taught(teacher, params), params.training, **fit)
+    slim.cpu()
+    teacher.cpu()
+    return history
+
+
+class Mirrored:
+    """Images as they are or mirrored, float32 (C, H, W), each with the row of `answers` that belongs to it."""
+
+    def __init__(self, images: training.Images, flip: float) -> None:
+        self.images, self.flip = images, flip
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, _ = self.images[index]
+        mirrored = bool(torch.rand(()) < self.flip)
+        return (image.flip(2) if mirrored else image), index + mirrored * len(self.images)
+
+
+@torch.inference_mode()
+def answers(teacher: nn.Module, images: training.Images) -> Tensor:
+    """The teacher's logits, float32 (2 N, classes): for each image as it is, then for each mirrored."""
+    where = next(teacher.parameters()).device
+    loader: importance.Batches = DataLoader(images, training.EVALUATION_BATCH)  # type: ignore[arg-type]
+    as_is: list[Tensor] = []
+    mirrored: list[Tensor] = []
+    for batch, _ in track(loader, "asking the teacher", -(-len(images) // training.EVALUATION_BATCH)):
+        for found, seen in ((as_is, batch), (mirrored, batch.flip(3))):
+            found.append(teacher(seen.to(where, memory_format=torch.channels_last)))
+    return torch.cat([*as_is, *mirrored])
+
+
+def answered(targets: Tensor, labels: Tensor, params: config.Recovery) -> training.Loss:
+    """The loss of distillation from answers that are known, where `Mirrored` gives their rows as labels."""
+    targets, labels = targets.clone(), labels.to(targets.device)  # a copy that autograd may see
+    return lambda _, logits, rows: _loss(logits, targets[rows], labels[rows % len(labels)], params)
+
+
+def taught(teacher: nn.Module, params: config.Recovery) -> training.Loss:
+    """The loss of distillation, for which the teacher sees each batch."""
 
     def loss(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         with torch.inference_mode():
             target = teacher(images)
-        hard = functional.cross_entropy(logits, labels, label_smoothing=params.training.label_smoothing)
-        return params.teacher_share * distance(logits, target, params.temperature) + (1 - params.teacher_share) * hard
+        return _loss(logits, target, labels, params)
 
-    history = training.fit(slim, train, val, loss, params.training, **fit)
-    slim.cpu()
-    teacher.cpu()
-    return history
+    return loss
+
+
+def _loss(logits: Tensor, target: Tensor, labels: Tensor, params: config.Recovery) -> Tensor:
+    hard = functional.cross_entropy(logits, labels, label_smoothing=params.training.label_smoothing)
+    return params.teacher_share * distance(logits, target, params.temperature) + (1 - params.teacher_share) * hard
 
 
 def distance(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -77,23 +137,191 @@ def distance(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     )
 
 
-def prune(
-    teacher: nn.Module, spec: Spec, params: config.Prune, train: Path, val: Path, checkpoint: Path
-) -> tuple[nn.Module, dict[str, Any], list[dict[str, float]]]:
+class Pruned(NamedTuple):
     """The masked network in the teacher's shape, the plan, and recovery's history (empty without recovery)."""
+
+    net: nn.Module
+    plan: dict[str, Any]
+    history: list[dict[str, float]]
+
+
+def prune(teacher: nn.Module, spec: Spec, params: config.Prune, train: Path, val: Path, checkpoint: Path) -> Pruned:
+    """Prune by the shares that the parameters name."""
     held_out = training.Images(val, spec.preprocessing, spec.classes)
-    head = backbone.head(teacher)
     slim = copy.deepcopy(teacher)
-    plan = decide(slim, params, held_out, head)
+    plan = decide(slim, params, held_out, backbone.head(teacher))
+    return finish(teacher, slim, plan, spec, params, train, held_out, checkpoint)
+
+
+def finish(
+    teacher: nn.Module,
+    slim: nn.Module,
+    plan: dict[str, Any],
+    spec: Spec,
+    params: config.Prune,
+    train: Path,
+    held_out: training.Images,
+    checkpoint: Path,
+) -> Pruned:
+    """Recover the slim network and put it back into the teacher's shape."""
     example = torch.stack([held_out[index][0] for index in range(2)])
     full = masked(teacher, slim, plan["channels"], example)  # refuses, if at all, before hours of recovery
     history: list[dict[str, float]] = []
     if params.recovery:
-        images = training.Images(train, spec.preprocessing, spec.classes, params.recovery.training.augment)
-        hold = masks.hold_zeros(slim.to(training.device()), head)
+        images = training.Images(train, spec.preprocessing, spec.classes)
+        hold = masks.hold_zeros(slim.to(training.device()), backbone.head(teacher))
         history = recover(slim, teacher, params.recovery, images, held_out, checkpoint=checkpoint, after_step=hold)
         full = masked(teacher, slim, plan["channels"], example)
-    return full, plan, history
+    return Pruned(full, plan, history)
+
+
+def survey(
+    net: nn.Module, effects: dict[str, float], train: training.Images, example: Tensor, head: str
+) -> tuple[Any, list[Any], list[Tensor], allocation.Network]:
+    """The network's DepGraph, its groups, their scores on training images, and what `allocation` chooses from."""
+    net.to(memory_format=torch.channels_last)
+    with masks.known_structure():
+        graph, groups = masks.channel_groups(net, example, head)
+        chosen = torch.linspace(0, len(train) - 1, min(len(train), TAYLOR_IMAGES)).long().tolist()
+        batches: importance.Batches = DataLoader(Subset(train, chosen), TAYLOR_BATCH)  # type: ignore[arg-type]
+        scores = importance.taylor(net, groups, track(batches, "scoring channels", -(-len(chosen) // TAYLOR_BATCH)))
+        return graph, groups, scores, importance.network(net, groups, scores, effects, example)
+
+
+def within(
+    slim: nn.Module, limits: allocation.Limits, whole: allocation.Network, table: costs.Table, look: Callable[..., Any]
+) -> dict[str, Any]:
+    """Remove what has to go for the limits from the network, in place; returns the plan.
+
+    Blocks first; what is left is then surveyed again, by `look`, since channels are missed otherwise without them.
+    """
+    first = allocation.allocate(whole, limits, table)
+    masks.remove_blocks(slim, first.blocks)
+    graph, groups, scores, network = look(slim, {})
+    plan = allocation.allocate(network, limits, table)
+    with masks.known_structure():
+        removed = masks.cut(slim, graph, groups, scores, plan.widths)
+    blocks = [step for step in first.steps if step.block is not None]
+    name_of = {module: name for name, module in slim.named_modules()}
+    names = [name_of[group[0].dep.target.module] for group in groups]
+    last = {step.group: step for step in plan.steps}
+    return {
+        "size_bytes": plan.cost.size_bytes,
+        "latency_ms": plan.cost.latency_ms,
+        "blocks": [
+            {"name": step.block, "val_loss_increase": step.score**0.5, **step.saves._asdict()} for step in blocks
+        ],
+        "channels": removed,
+        "groups": [
+            {
+                "name": name,
+                "channels": len(score),
+                "kept": width,
+                "last_score": last[number].score if number in last else None,
+            }
+            for number, (name, score, width) in enumerate(zip(names, scores, plan.widths, strict=True))
+        ],
+        "weights": {},
+    }
+
+
+def compress(
+    teacher: nn.Module,
+    spec: Spec,
+    budget: config.Compress,
+    params: config.Prune,
+    table: costs.Table,
+    train: Path,
+    val: Path,
+    checkpoint: Path,
+) -> Pruned:
+    """The network that fits the budget with the least damage; without sizes in it, the smallest that holds the top-1.
+
+    All decisions are made on train and val. `StageError` if no network fits, with the nearest that was found.
+    """
+    images, held_out = (training.Images(split, spec.preprocessing, spec.classes) for split in (train, val))
+    head, example = backbone.head(teacher), torch.stack([held_out[index][0] for index in range(2)])
+    reference, _ = training.evaluate(teacher, held_out)
+
+    def look(net: nn.Module, effects: dict[str, float]) -> Any:
+        return survey(net, effects, images, example, head)
+
+    def attempt(limits: allocation.Limits) -> Attempt:
+        slim = copy.deepcopy(teacher)
+        plan = within(slim, limits, whole, table, look)
+        if params.weights:
+            plan["weights"] = masks.zero_weights(slim, params.weights)
+        key = hashlib.sha256(repr(limits).encode()).hexdigest()[:8]
+        pruned = finish(
+            teacher, slim, plan, spec, params, train, held_out, checkpoint.with_stem(f"{checkpoint.stem}-{key}")
+        )
+        drop = reference - training.evaluate(pruned.net, held_out)[0]
+        print(f"{plan['size_bytes']:,.0f} bytes and {plan['latency_ms']:.3f} ms: val top-1 {-drop:+.2%}", flush=True)
+        holds = budget.max_top1_drop is None or drop <= budget.max_top1_drop
+        return Attempt(pruned, costs.Cost(plan["size_bytes"], plan["latency_ms"]), drop, holds)
+
+    effects = importance.blocks(teacher, example, lambda: training.evaluate(teacher, held_out)[1])
+    *_, whole = look(copy.deepcopy(teacher), effects)
+    if budget.max_size_bytes is None and budget.max_latency_ms is None:
+        ends = [allocation.allocate(whole, limits, table).cost for limits in (allocation.ANYTHING, allocation.NOTHING)]
+        found = _smallest(attempt, *ends)
+    else:
+        found = _fitting(attempt, budget)
+    return found.pruned
+
+
+class Attempt(NamedTuple):
+    """A recovered network, what it costs by the table, what val top-1 it lost, and whether that is allowed."""
+
+    pruned: Pruned
+    cost: costs.Cost
+    drop: float
+    holds: bool
+
+
+Try = Callable[[allocation.Limits], Attempt]
+
+
+def _fitting(attempt: Try, budget: config.Compress) -> Attempt:
+    asked = (budget.max_size_bytes, budget.max_latency_ms)
+    limits = allocation.Limits(*(limit and limit * MARGIN for limit in asked))
+    found = attempt(limits)
+    if found.holds and not any(limits.exceeded(found.cost)):
+        return found
+    for _ in range(TRIES):
+        if found.holds:
+            break
+        loose = [limit and max(limit, cost) * LOOSER for limit, cost in zip(limits, found.cost, strict=True)]
+        limits = allocation.Limits(*loose)
+        found = attempt(limits)
+    size, latency = (
+        math.ceil(value / MARGIN * unit) / unit for value, unit in zip(found.cost, (1e-3, 1e3), strict=True)
+    )
+    values = ", ".join(f"{name} {value:g}" for name, value in budget if value is not None)
+    raise StageError(
+        f"no network was found for compress in params.yaml ({values}): the nearest "
+        f"{'that holds has' if found.holds else 'does not hold either, and has'} max_size_bytes {size:.0f}, "
+        f"max_latency_ms {latency:g} and max_top1_drop {max(found.drop, 0):.4f}"
+    )
+
+
+def _smallest(attempt: Try, whole: costs.Cost, least: costs.Cost) -> Attempt:
+    """By bisection of the way from the whole network to the least that can be left of it, on a logarithmic scale."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(TRIES):
+        middle = (low + high) / 2
+        shares = [a * (b / a) ** middle for a, b in zip(whole, least, strict=True)]
+        found = attempt(allocation.Limits(*shares))
+        if found.holds:
+            low, best = middle, found
+        else:
+            high = middle
+    if best is None:
+        raise StageError(
+            f"compress.max_top1_drop in params.yaml cannot be held: already at {found.cost.size_bytes:,.0f} bytes the "
+            f"drop is {found.drop:.4f}; allow more, or give prune.recovery more epochs"
+        )
+    return best
 
 
 def readable(removed: masks.Removed) -> dict[str, dict[str, str]]:
@@ -129,12 +357,17 @@ def sparsity(net: nn.Module) -> dict[str, int]:
 
 
 def main() -> None:
-    params = config.load().prune
+    everything = config.load()
+    params, budget = everything.prune, everything.compress
     teacher, spec = backbone.load(paths.weights("finetune"), paths.spec("finetune"))
     training.make_deterministic(params.recovery.training.seed if params.recovery else 0)
     inputs = (paths.TRAIN, paths.VAL, paths.weights("finetune"))
     checkpoint = training.checkpoint_path("prune", *inputs, params=params, spec=spec)
-    net, plan, history = prune(teacher, spec, params, paths.TRAIN, paths.VAL, checkpoint)
+    if budget:
+        table = costs.read(paths.DEVICE)
+        net, plan, history = compress(teacher, spec, budget, params, table, paths.TRAIN, paths.VAL, checkpoint)
+    else:
+        net, plan, history = prune(teacher, spec, params, paths.TRAIN, paths.VAL, checkpoint)
     top1, loss = training.evaluate(net, training.Images(paths.VAL, spec.preprocessing, spec.classes))
     metrics = {"val_top1": top1, "val_loss": loss, **sparsity(net)}
     backbone.save(net, spec, paths.weights("prune"), paths.spec("prune"))

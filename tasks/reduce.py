@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
@@ -328,6 +329,54 @@ def drop_dead(model: onnx.ModelProto) -> int:
             return dropped
 
 
+def lighten(model: onnx.ModelProto) -> None:
+    """Leave out what ONNX Runtime makes again by itself to the same bits, in place.
+
+    A convolution's bias goes from int32 with scales to float32: the scales are those of input and weights. Zero points
+    that are zero go, where int8 kernels do without, and fields that hold their defaults.
+    """
+    constants = graph.Constants(model)
+    makers = {node.output[0]: node for node in model.graph.node}
+    for node in model.graph.node:
+        if node.op_type != "Conv":
+            continue
+        for name in node.input[1:]:
+            _drop_zero_point(constants.dequantized.get(name), constants)
+        if len(node.input) > 2 and (bias := _float_bias(node, makers, constants)) is not None:
+            node.input[2] = f"{node.input[2]}.float"
+            model.graph.initializer.append(numpy_helper.from_array(bias, node.input[2]))
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not constants.tensors[node.input[1]].dims:
+            del node.attribute[:]  # the axis, which one scale for all has no use for
+    drop_dead(model)
+
+
+def _drop_zero_point(dequantizer: onnx.NodeProto | None, constants: graph.Constants) -> None:
+    if dequantizer is not None and len(dequantizer.input) > 2:
+        zero = constants.read(dequantizer.input[2])
+        if zero is not None and not zero.any():
+            del dequantizer.input[2]
+
+
+def _float_bias(
+    conv: onnx.NodeProto, makers: dict[str, onnx.NodeProto], constants: graph.Constants
+) -> npt.NDArray[np.float32] | None:
+    """The bias as float32; None if ONNX Runtime would not come back from it to the same int32."""
+    nodes = [makers.get(name) for name in conv.input[:3]]
+    scales = [
+        constants.read(node.input[1]) if node is not None and node.op_type == "DequantizeLinear" else None
+        for node in nodes
+    ]
+    codes = constants.read(conv.input[2])
+    source, weight, own = scales
+    if source is None or weight is None or own is None or codes is None or codes.dtype != np.int32:
+        return None
+    made = np.asarray(source * weight, np.float32)  # by ONNX Runtime, from a float bias
+    bias = np.asarray(codes.astype(np.float32) * own, np.float32)
+    same = np.array_equal(made, own) and np.array_equal(np.rint(bias / made), codes)
+    return bias if same else None
+
+
 def share(model: onnx.ModelProto) -> None:
     """Keep one copy of constants with the same type, shape and bytes, in place."""
     first: dict[tuple[Any, ...], str] = {}
@@ -351,7 +400,7 @@ def rename(model: onnx.ModelProto) -> None:
         return short[name]
 
     for node in model.graph.node:
-        node.name = ""
+        node.ClearField("name")
         node.input[:] = [of(name) for name in node.input]
         node.output[:] = [of(name) for name in node.output]
     for tensor in model.graph.initializer:
@@ -373,12 +422,15 @@ def reduce(quantized: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Any]]
         for name, after in _weight_shapes(model).items()
         if before[name] != after
     ]
+    nodes -= len(model.graph.node)
+    lighten(model)
+    graph.strip(model)
     share(model)
     graph.strip(model)
     rename(model)
     onnx.helper.set_model_props(model, {key: value for key, value in properties.items() if key == "weighin"})
     onnx.checker.check_model(model, full_check=True)
-    record = {"residual_sums_removed": sums, "layers": cut, "nodes_removed": nodes - len(model.graph.node)}
+    record = {"residual_sums_removed": sums, "layers": cut, "nodes_removed": nodes}
     return model, record
 
 

@@ -43,6 +43,8 @@ finetune:
     augment: {crop_scale: 0.8, flip: 0.5}
     seed: 0
 
+compress: null
+
 prune:
   blocks: null
   channels: {ratio: 0.5, multiple: 16}
@@ -188,9 +190,16 @@ def test_values_are_those_of_the_file(tmp_path: Path) -> None:
         ),
         ("  slices:\n    label: {min_top1: 0.6}\n", "", "gate.slices is missing"),
         ("gate:\n", "gate:\n  max_golden_difference: -1\n", "gate.max_golden_difference: Input should be greater"),
+        (
+            "compress: null",
+            "compress: {max_size_bytes: 1000}",
+            ": compress finds which blocks and channels go: leave prune.blocks and prune.channels out",
+        ),
+        ("compress: null", "compress: {}", "compress: give max_top1_drop, max_size_bytes or max_latency_ms"),
+        ("compress: null\n", "", "compress is missing"),
         ("weights: null", "weights: {}", "prune.weights: give threshold or sparsity, one of the two"),
         ("weights: null", "weights: {threshold: 0.1, sparsity: 0.1}", "prune.weights: give threshold or sparsity"),
-        ("    seed: 0\n\nprune", "    seed: 0\n    seed: 1\n\nprune", ' is not YAML: found duplicate key "seed"'),
+        ("    seed: 0\n\ncompress", "    seed: 0\n    seed: 1\n\ncompress", ' is not YAML: found duplicate key "seed"'),
         ("model: classifier", "model: [", " is not YAML: "),
         ("model: classifier", "model: 2025-13-40", " is not YAML: month must be in 1..12"),
     ],

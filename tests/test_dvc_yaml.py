@@ -83,8 +83,9 @@ def test_a_stage_depends_on_its_own_section_of_the_parameters(name: str) -> None
 def test_data_dependencies_come_from_an_earlier_stage(name: str) -> None:
     earlier = [one for stage in STAGES[: STAGES.index(name)] for one in outputs(PIPELINE["stages"][stage])]
     data = [dep for dep in PIPELINE["stages"][name]["deps"] if dep.startswith("data/")]
-    assert set(data) - {str(paths.CHAMPION)} <= set(earlier)
+    assert set(data) - {str(paths.CHAMPION), str(paths.DEVICE)} <= set(earlier)
     assert (str(paths.CHAMPION) in data) == (name in FACE_THE_CHAMPION)
+    assert (str(paths.DEVICE) in data) == (name == "prune")  # it is in git: `weighin profile` measures it
 
 
 def test_only_the_flow_lays_the_champion() -> None:

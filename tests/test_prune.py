@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,10 +23,11 @@ from ruamel.yaml import YAML
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from tasks import prune
-from tasks.core import backbone, config, dataset, masks, training
+from tasks import prune, quantize, reduce
+from tasks.core import allocation, backbone, config, dataset, importance, masks, training
 from tasks.core.backbone import Spec
 from tasks.core.errors import StageError
+from tasks.core.export import export
 
 ROOT = Path(__file__).parents[1]
 CLASSES = tuple("0123456789")
@@ -87,6 +89,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     yaml = YAML(typ="safe")
     params = yaml.load((ROOT / "params.yaml").read_text())
     params["classes"] = list(CLASSES)
+    params["compress"] = None
     params["prune"] = {"channels": CHANNELS, "weights": {"sparsity": 0.3}, "recovery": RECOVERY}
     with (root / "params.yaml").open("w") as file:
         yaml.dump(params, file)
@@ -406,7 +409,28 @@ def test_recovery_brings_accuracy_back_under_the_masks(repository: Path, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), unchanged.parameters(), strict=True))
 
 
-def test_the_teacher_teaches(repository: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
+def test_answers_are_known_before_for_each_image_as_it_is_and_mirrored(flip: float, repository: Path) -> None:
+    net, spec = teacher(repository)
+    images = training.Images(repository / "data/prepared/val.parquet", spec.preprocessing, CLASSES)
+    targets, seen = prune.answers(net.eval(), images), prune.Mirrored(images, flip)
+    rows = []
+    for index in range(len(seen)):
+        image, row = seen[index]
+        rows.append(row)
+        assert row % len(images) == index
+        assert torch.equal(image, images[index][0].flip(2) if row >= len(images) else images[index][0])
+        assert torch.allclose(net(image[None])[0], targets[row], atol=1e-5)
+    assert {row >= len(images) for row in rows} == {0.0: {False}, 0.5: {False, True}, 1.0: {True}}[flip]
+    params = config.Recovery.model_validate(RECOVERY)
+    batch, labels = torch.stack([images[index][0] for index in range(8)]), torch.tensor(images.labels[:8])
+    logits = torch.rand(8, 10)
+    known = prune.answered(targets, torch.tensor(images.labels), params)(batch, logits, torch.arange(8))
+    assert torch.allclose(known, prune.taught(net, params)(batch, logits, labels))
+
+
+@pytest.mark.parametrize("crop_scale", [1.0, 0.9], ids=["with answers known before", "with the teacher beside"])
+def test_the_teacher_teaches(crop_scale: float, repository: Path, tmp_path: Path) -> None:
     """With the whole loss, a teacher that knows nothing keeps the student from learning."""
     net, spec = teacher(repository)
     train, val = (
@@ -417,7 +441,8 @@ def test_the_teacher_teaches(repository: Path, tmp_path: Path) -> None:
     for name, master in (("good", net), ("bad", network("mlp", 8)[0])):
         torch.manual_seed(1)
         student = backbone.create("mlp", 10, spec.preprocessing)
-        params = config.Recovery.model_validate(RECOVERY | {"teacher_share": 1.0})
+        schedule = RECOVERY["training"] | {"epochs": 5, "augment": {"crop_scale": crop_scale, "flip": 0.0}}  # type: ignore[operator]
+        params = config.Recovery.model_validate(RECOVERY | {"teacher_share": 1.0, "training": schedule})
         prune.recover(student, master, params, train, val, checkpoint=tmp_path / f"{name}.pt")
         top1[name] = training.evaluate(student, val)[0]
     assert top1["good"] > 0.8
@@ -429,6 +454,130 @@ def test_nothing_to_prune_is_the_same_network(repository: Path, tmp_path: Path) 
     full, plan, history = pruned(repository, tmp_path / "checkpoint.pt", net, spec)
     assert (plan, history) == ({"blocks": [], "channels": {}, "weights": {}}, [])
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), full.state_dict().values(), strict=True))
+
+
+def surveyed(net: nn.Module, images: Tensor, head: str) -> tuple[allocation.Network, list[Any]]:
+    _, groups = masks.channel_groups(net, images[:2], head)
+    effects = dict.fromkeys(masks.residual_blocks(net, images[:2]), 1.0)
+    scores = [torch.ones(len(group[0].idxs)) for group in groups]
+    return importance.network(net, groups, scores, effects, images[:2]), groups
+
+
+@pytest.mark.parametrize("name", ["lenet-5", "mobilenetv2_050"])
+def test_taylor_scores_are_the_squared_slope_of_the_loss_along_each_channel(name: str) -> None:
+    """The slope by another way: of a factor on each channel where it is made last, after its normalisation."""
+    net, images = network(name, NETWORKS[name])
+    labels = torch.tensor([1, 3, 5, 7])
+    _, groups = masks.channel_groups(net, images[:2], backbone.head(net))
+    scores = importance.taylor(net, groups, [(images, labels), (images.flip(3), labels)])
+    group = next(one for one in groups if len({id(dep.target.module) for dep, _ in one}) <= 4)
+    makers = [dep.target.module for dep, _ in group if masks.side_of(dep) == "out"]
+    makers = [module for module in makers if list(module.parameters(recurse=False))]
+    normalised = [module for module in makers if isinstance(module, nn.BatchNorm2d)] or makers
+    factor = torch.ones(len(group[0].idxs), requires_grad=True)
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, out: out * factor.view(-1, *[1] * (out.ndim - 2)))
+        for module in normalised
+    ]
+    squares = []
+    for batch in (images, images.flip(3)):
+        (slope,) = torch.autograd.grad(nn.functional.cross_entropy(net(batch), labels), factor)
+        squares.append(slope**2)
+    for hook in hooks:
+        hook.remove()
+    number = next(place for place, one in enumerate(groups) if one is group)
+    assert torch.allclose(scores[number], torch.stack(squares).mean(0), rtol=1e-3, atol=1e-10)
+
+
+def test_a_network_is_surveyed_whole() -> None:
+    net, images = network("mobilenetv2_050", 64)
+    found, groups = surveyed(net, images, backbone.head(net))
+    layers = {layer.name: layer for layer in found.layers}
+    modules = {name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    assert set(layers) == modules | {"input"} | {f"{block} sum" for block in found.blocks}
+    assert len(found.blocks) == 10
+    assert len(groups) == len(found.channels)
+    block = next(iter(found.blocks))
+    assert {name for name, layer in layers.items() if layer.block == block} == {
+        f"{block} sum",
+        *(name for name in modules if name.startswith(f"{block}.")),
+    }
+    depthwise = layers[f"{block}.conv_dw"]
+    assert depthwise.reads == depthwise.writes == layers[f"{block}.conv_pw"].writes == layers[f"{block}.conv_pwl"].reads
+    assert layers[f"{block}.conv_pw"].reads == layers[f"{block}.conv_pwl"].writes == layers[f"{block} sum"].writes
+    assert depthwise.operator.kind == "depthwise"
+    assert layers["classifier"].writes is None
+
+
+def compressed(repository: Path, checkpoint: Path, **budget: Any) -> prune.Pruned:
+    net, spec = teacher(repository)
+    example = torch.rand(2, 1, 8, 8)
+    points = allocation.needed(surveyed(net, example, "3")[0])
+    table = {point: 1e-6 * point[1] * point[2] for point in points}
+    params = parameters(recovery=RECOVERY)
+    prepared = repository / "data/prepared"
+    training.make_deterministic(0)
+    return prune.compress(
+        net,
+        spec,
+        config.Compress.model_validate(budget),
+        params,
+        table,
+        prepared / "train.parquet",
+        prepared / "val.parquet",
+        checkpoint,
+    )
+
+
+def test_a_budget_is_met_by_the_file_that_comes_out(repository: Path, tmp_path: Path) -> None:
+    found = compressed(repository, tmp_path / "checkpoint.pt", max_size_bytes=6000)
+    (group,) = found.plan["groups"]
+    assert group["kept"] in range(16, 128, 16)
+    spec = teacher(repository)[1]
+    export(found.net, spec, tmp_path / "model.onnx")
+    images = quantize.calibration_images(repository / "data/prepared/train.parquet", CLASSES, 64)
+    quantized = quantize.quantize(
+        tmp_path / "model.onnx",
+        images,
+        spec.preprocessing,
+        config.Quantize(calibration_images=64, percentile=99.99),
+    )
+    reduced, _ = reduce.reduce(quantized)
+    assert 4000 < len(reduced.SerializeToString()) <= 6000
+
+
+def test_a_budget_that_cannot_be_met_is_told_with_the_nearest_that_can(repository: Path, tmp_path: Path) -> None:
+    with pytest.raises(StageError) as told:
+        compressed(repository, tmp_path / "one.pt", max_size_bytes=500)
+    text = str(told.value)
+    assert text.startswith(
+        "no network was found for compress in params.yaml (max_size_bytes 500): the nearest that holds"
+    )
+    offer = {name: float(value) for name, value in re.findall(r"(max_\w+) ([\d.e-]+)", text.split("has", 1)[1])}
+    assert set(offer) == {"max_size_bytes", "max_latency_ms", "max_top1_drop"}
+    found = compressed(repository, tmp_path / "two.pt", **offer | {"max_size_bytes": int(offer["max_size_bytes"])})
+    assert [group["kept"] for group in found.plan["groups"]] == [16]
+
+
+def test_an_accuracy_that_a_budget_cannot_hold_is_told_with_the_nearest_that_holds(
+    repository: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(StageError, match=r"no network was found .* the nearest that holds has max_size_bytes") as told:
+        compressed(repository, tmp_path / "one.pt", max_size_bytes=3200, max_top1_drop=0.0)
+    size = int(re.search(r"has max_size_bytes (\d+)", str(told.value)).group(1))  # type: ignore[union-attr]
+    assert size > 3200
+
+
+def test_with_an_accuracy_alone_the_smallest_that_holds_it_is_found(repository: Path, tmp_path: Path) -> None:
+    net, spec = teacher(repository)
+    val = training.Images(repository / "data/prepared/val.parquet", spec.preprocessing, CLASSES)
+    reference = training.evaluate(net, val)[0]
+    kept = {}
+    for drop in (0.01, 0.2):
+        found = compressed(repository, tmp_path / f"{drop}.pt", max_top1_drop=drop)
+        assert training.evaluate(found.net, val)[0] >= reference - drop
+        kept[drop] = found.plan["groups"][0]["kept"]
+    assert kept[0.2] <= kept[0.01] < 128
 
 
 def test_ranges() -> None:

@@ -419,11 +419,45 @@ def test_scales_and_zero_points_are_cut_with_their_weights(int8: Int8) -> None:
         for node in reduced.graph.node
         if node.op_type == "DequantizeLinear" and node.input[0] in constants
     ]
-    assert len(per_channel) == 6
+    assert len(per_channel) == 4  # the convolutions' biases are float
     assert all(list(scale) == [weight[axis if len(weight) > 1 else 0]] for weight, scale, axis in per_channel)
     assert all(
         list(constants[node.input[1]].dims) == [] for node in reduced.graph.node if node.op_type == "QuantizeLinear"
     )
+
+
+def biases(model: onnx.ModelProto) -> list[str]:
+    """The type of each convolution's bias: behind its DequantizeLinear, if it has one."""
+    constants = graph.initializers(model)
+    sources = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    names = [node.input[2] for node in model.graph.node if node.op_type == "Conv"]
+    return [numpy_helper.to_array(constants[sources.get(name, name)]).dtype.name for name in names]
+
+
+def test_what_the_runtime_makes_again_is_not_shipped(int8: Int8) -> None:
+    b = Builder()
+    model = int8(chain(b, b.relu, dead=()))
+    reduced, _ = reduce(model)
+    assert biases(model) == ["int32", "int32"]
+    assert biases(reduced) == ["float32", "float32"]
+    convolutions = {name for node in reduced.graph.node if node.op_type == "Conv" for name in node.input[1:]}
+    weights = [node for node in reduced.graph.node if node.output[0] in convolutions]
+    assert [len(node.input) for node in weights] == [2, 2]
+
+
+@pytest.mark.parametrize("code", [2**24 + 1, 2**31 - 1])
+def test_a_bias_that_a_float_cannot_hold_stays_an_integer(code: int, int8: Int8) -> None:
+    b = Builder()
+    model = int8(chain(b, b.relu, dead=()))
+    constants = graph.initializers(model)
+    sources = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    first = next(node for node in model.graph.node if node.op_type == "Conv")
+    tensor = constants[sources[first.input[2]]]
+    codes = numpy_helper.to_array(tensor).copy()
+    codes[0] = code
+    tensor.CopyFrom(numpy_helper.from_array(codes, tensor.name))
+    reduced, _ = reduce(model)
+    assert biases(reduced) == ["int32", "float32"]
 
 
 def per_tensor(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -157,6 +157,20 @@ class Recovery(Section):
     training: Training
 
 
+class Compress(Section):
+    """What the device can take and what accuracy must hold; which blocks and channels go is found from it."""
+
+    max_top1_drop: Fraction | None = Field(None, description="on val, against the fine-tuned model")
+    max_size_bytes: Count | None = Field(None, description="of the reduced model")
+    max_latency_ms: Positive | None = Field(None, description="p50 at batch 1, by the table in data/device.json")
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Self:
+        if (self.max_top1_drop, self.max_size_bytes, self.max_latency_ms) == (None, None, None):
+            raise ValueError("give max_top1_drop, max_size_bytes or max_latency_ms, or null for no budget")
+        return self
+
+
 class Prune(Section):
     """What is taken away; a kind that is left out or null is off."""
 
@@ -251,6 +265,7 @@ class Params(Section):
     ingest: Ingest
     validate_: Validate = Field(alias="validate")
     finetune: Finetune
+    compress: Compress | None = Field(description="a budget; null: prune has the shares themselves")
     prune: Prune
     quantize: Quantize
     benchmark: Benchmark
@@ -262,6 +277,12 @@ class Params(Section):
         unknown = next((name for name in self.gate.slices if name not in ("label", *self.ingest.columns)), None)
         if unknown:
             raise ValueError(f"gate.slices has the column {unknown!r}, which is neither label nor in ingest.columns")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_say_what_goes(self) -> Self:
+        if self.compress and (self.prune.blocks or self.prune.channels):
+            raise ValueError("compress finds which blocks and channels go: leave prune.blocks and prune.channels out")
         return self
 
     @model_validator(mode="after")

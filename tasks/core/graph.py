@@ -102,13 +102,14 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 def strip(model: onnx.ModelProto) -> None:
     """Drop what no runtime reads, in place: doc strings, node metadata, value_info, unused initializers."""
     graph = model.graph
-    model.doc_string = graph.doc_string = ""
+    model.ClearField("doc_string")
+    graph.ClearField("doc_string")
     del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:], model.functions[:]
     used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
         graph.initializer.remove(tensor)
     for item in (*graph.node, *graph.initializer, *graph.input, *graph.output):
-        item.doc_string = ""
+        item.ClearField("doc_string")
         del item.metadata_props[:]
 
 

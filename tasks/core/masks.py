@@ -4,6 +4,7 @@ A slim copy has the blocks and channels physically removed. It is what recovery 
 same function in less time; `scatter` writes its weights back into the full shape, zeros everywhere else.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -96,32 +97,47 @@ def remove_channels(net: nn.Module, params: config.Channels, example: Tensor, he
     Groups: Fang et al. 2023, DepGraph, arXiv:2301.12900. Importance: L2 norm over the whole group. Groups with
     grouped convolutions that are not depthwise stay as they are. `StageError` if the network cannot be cut so.
     """
-    try:
-        removed = _remove(net, params, example, head)
+    with known_structure():
+        graph, groups = channel_groups(net, example, head)
+        importance = tp.importance.GroupMagnitudeImportance(p=2)
+        scores = [importance(group) for group in groups]
+        removed = cut(net, graph, groups, scores, [kept(len(one), params.ratio, params.multiple) for one in scores])
         net(example)
+    return removed
+
+
+@contextlib.contextmanager
+def known_structure() -> Iterator[None]:
+    """Turns what Torch-Pruning says of a network that it cannot cut into a `StageError`."""
+    try:
+        yield
     except (RuntimeError, IndexError) as error:
         raise StageError(
             f"prune.channels does not know this backbone's structure: {str(error).splitlines()[0]}"
         ) from None
-    return removed
 
 
-def _remove(net: nn.Module, params: config.Channels, example: Tensor, head: str) -> Removed:
-    names = {module: name for name, module in net.named_modules()}
+def channel_groups(net: nn.Module, example: Tensor, head: str) -> tuple[tp.DependencyGraph, list[tp.dependency.Group]]:
+    """The network's DepGraph, and its groups of channels that can be cut; the head's outputs are in none."""
     graph = tp.DependencyGraph().build_dependency(net.eval(), example)
-    importance = tp.importance.GroupMagnitudeImportance(p=2)
+    groups = graph.get_all_groups(ignored_layers=[net.get_submodule(head)], root_module_types=[nn.Conv2d, nn.Linear])
+    return graph, [group for group in groups if not any(_is_grouped(dep.target.module) for dep, _ in group)]
+
+
+def cut(
+    net: nn.Module,
+    graph: tp.DependencyGraph,
+    groups: list[tp.dependency.Group],
+    scores: list[Tensor],
+    widths: list[int],
+) -> Removed:
+    """Keep the best-scored channels of each group, as many as its width, in place; returns what went, by module."""
+    names = {module: name for name, module in net.named_modules()}
     removed: Removed = {}
-    groups = list(
-        graph.get_all_groups(ignored_layers=[net.get_submodule(head)], root_module_types=[nn.Conv2d, nn.Linear])
-    )
-    for group in groups:
-        if any(_is_grouped(dep.target.module) for dep, _ in group):
+    for group, score, width in zip(groups, scores, widths, strict=True):
+        indices = sorted(torch.argsort(score, stable=True)[: len(score) - width].tolist())
+        if not indices:
             continue
-        scores = importance(group)
-        count = len(scores) - kept(len(scores), params.ratio, params.multiple)
-        if count == 0:
-            continue
-        indices = sorted(torch.argsort(scores, stable=True)[:count].tolist())
         pruned = graph.get_pruning_group(group[0].dep.target.module, group[0].dep.handler, indices)
         for dep, channels in pruned:
             if dep.target.module in names and list(dep.target.module.parameters(recurse=False)):
@@ -135,12 +151,19 @@ def _is_grouped(module: nn.Module) -> bool:
 
 
 def _note(removed: Removed, name: str, dep: tp.dependency.Dependency, channels: list[int]) -> None:
-    module = dep.target.module
-    takes_inputs = dep.handler in (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
-    depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
-    side = "in" if takes_inputs and not depthwise else "out"
+    side = side_of(dep)
     removed.setdefault(name, {}).setdefault(side, [])
     removed[name][side] = sorted({*removed[name][side], *(int(channel) for channel in channels)})
+
+
+def side_of(dep: tp.dependency.Dependency) -> str:
+    """Whether a group cuts the module's inputs ("in") or its outputs ("out", which a depthwise one's are, too)."""
+    takes_inputs = dep.handler in (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+    return "in" if takes_inputs and not is_depthwise(dep.target.module) else "out"
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups > 1
 
 
 @torch.no_grad()

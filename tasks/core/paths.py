@@ -12,6 +12,7 @@ TEST = PREPARED / "test.parquet"
 MANIFEST = PREPARED / "manifest.parquet"
 SOURCES = PREPARED / "sources.json"
 
+DEVICE = DATA / "device.json"
 RECIPES = DATA / "recipes"
 MODELS = DATA / "models"
 REPORTS = DATA / "reports"

@@ -23,10 +23,10 @@ Images = npt.NDArray[np.float32]
 Logits = npt.NDArray[np.float32]
 
 
-def open_session(model: Path, threads: int, optimized: Path | None = None) -> ort.InferenceSession:
+def open_session(model: Path | bytes, threads: int, optimized: Path | None = None) -> ort.InferenceSession:
     """A CPU session with so many intra-op threads; `optimized` receives the graph that is really run.
 
-    `StageError` if ONNX Runtime does not load the file.
+    The model is a file or its content. `StageError` if ONNX Runtime does not load it.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -39,7 +39,8 @@ def open_session(model: Path, threads: int, optimized: Path | None = None) -> or
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         # onnxruntime's own errors have no common base but Exception
-        raise StageError(f"{model} does not load in ONNX Runtime: {str(error).splitlines()[0]}") from None
+        name = model if isinstance(model, Path) else "the model"
+        raise StageError(f"{name} does not load in ONNX Runtime: {str(error).splitlines()[0]}") from None
 
 
 def logits(session: ort.InferenceSession, images: Images) -> Logits:

@@ -1,5 +1,6 @@
 """The training loop that fine-tuning and recovery share: deterministic, resumable, with its history."""
 
+import copy
 import hashlib
 import io
 import os
@@ -7,7 +8,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,16 @@ from tasks.core.errors import StageError
 from tasks.core.progress import track
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, logits, labels -> scalar
+
+
+class Labelled(Protocol):
+    """What can be trained on: float32 (C, H, W) and a number that the loss knows, such as that of the class."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+
+
 EVALUATION_BATCH = 250
 
 
@@ -43,6 +54,12 @@ class Images:
             return torch.from_numpy(dataset.tensor(self.images[index], self.preprocessing)), self.labels[index]
         image = dataset.decode(self.images[index], self.preprocessing.mode)
         return self.transform(image), self.labels[index]
+
+    def augmented(self, augment: config.Augment) -> "Images":
+        """The same images, changed at random each time."""
+        other = copy.copy(self)
+        other.transform = _augmentation(augment, self.preprocessing)
+        return other
 
 
 def _augmentation(augment: config.Augment, preprocessing: Preprocessing) -> Callable[[Any], Tensor]:
@@ -106,7 +123,7 @@ def evaluate(net: nn.Module, images: Images) -> tuple[float, float]:
 
 def fit(
     net: nn.Module,
-    train: Images,
+    train: Labelled,
     val: Images,
     loss_of: Loss,
     params: config.Training,
@@ -156,7 +173,7 @@ def write_history(path: Path, history: list[dict[str, float]]) -> None:
 
 def _epoch(
     net: nn.Module,
-    train: Images,
+    train: Labelled,
     loss_of: Loss,
     params: config.Training,
     optimizer: torch.optim.Optimizer,
@@ -186,12 +203,12 @@ def _epoch(
     return total / steps
 
 
-def _loader(train: Images, params: config.Training) -> Iterable[tuple[Tensor, Tensor]]:
+def _loader(train: Labelled, params: config.Training) -> Iterable[tuple[Tensor, Tensor]]:
     drop_last = len(train) > params.batch_size  # a last batch of one image would break BatchNorm
     return DataLoader(train, params.batch_size, shuffle=True, drop_last=drop_last)  # type: ignore[arg-type]
 
 
-def _steps(train: Images, params: config.Training) -> int:
+def _steps(train: Labelled, params: config.Training) -> int:
     return max(1, len(train) // params.batch_size)
 
 

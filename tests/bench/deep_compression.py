@@ -219,7 +219,8 @@ def compress(teacher: nn.Module, recipe: Recipe, seed: int, train: Pixels, val: 
     def recover(name: str, epochs: int, learning_rate: float) -> None:
         params = config.Recovery(temperature=2.0, teacher_share=0.9, training=schedule(epochs, learning_rate, seed))
         hold = masks.hold_zeros(slim, head)
-        prune.recover(slim, teacher, params, train, val, checkpoint=checkpoints / name, after_step=hold)  # type: ignore[arg-type]
+        loss = prune.taught(teacher.eval(), params)
+        training.fit(slim, train, val, loss, params.training, checkpoint=checkpoints / name, after_step=hold)  # type: ignore[arg-type]
 
     removed: masks.Removed = {}
     if recipe.channels:

@@ -1,0 +1,101 @@
+"""allocation: the plan meets the limits, takes what is missed least for what it saves, and stops there."""
+
+import numpy as np
+import pytest
+
+from tasks.core import allocation, costs
+from tasks.core.allocation import Layer, Limits, Network
+from tasks.core.costs import Operator
+
+WIDE, SLOW = Operator("conv", 1, 1, 1, 1), Operator("conv", 1, 1, 64, 64)
+ADD = Operator("add", 1, 1, 64, 64)
+
+
+def table() -> costs.Table:
+    """Milliseconds grow with the widths: much in SLOW, hardly in WIDE."""
+    widths = (3, 10, 16, 32, 64, 128)
+    points = {
+        (operator, a, b): a * b * price
+        for operator, price in ((WIDE, 1e-6), (SLOW, 1e-3))
+        for a in widths
+        for b in widths
+    }
+    return points | {(ADD, width, width): width * 1e-3 for width in widths}
+
+
+def network(first: float = 1.0, second: float = 1.0, block: float = 1.0) -> Network:
+    """Two groups of 64 channels: one written on large pictures, one read by much weight; and a block on the first."""
+    layers = [
+        Layer("stem", SLOW, None, 0, 3, 64),
+        Layer("block.conv", SLOW, 0, 0, 64, 64, "block"),
+        Layer("block sum", ADD, 0, 0, 64, 64, "block"),
+        Layer("middle", WIDE, 0, 1, 64, 64),
+        Layer("head", WIDE, 1, None, 64, 10),
+    ]
+    ramp = np.linspace(0.5, 1.5, 64)
+    return Network(layers, [ramp * first, ramp * second], {"block": block})
+
+
+def whole() -> costs.Cost:
+    return allocation.allocate(network(), allocation.ANYTHING, table()).cost
+
+
+def test_nothing_goes_when_everything_fits() -> None:
+    plan = allocation.allocate(network(), Limits(whole().size_bytes, whole().latency_ms), table())
+    assert (plan.steps, plan.widths) == ([], [64, 64])
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.4])
+@pytest.mark.parametrize("which", ["size_bytes", "latency_ms", "both"])
+def test_a_plan_meets_its_limits_and_is_no_smaller_than_the_last_step_made_it(share: float, which: str) -> None:
+    size, latency = (value * share for value in whole())
+    limits = Limits(size if which != "latency_ms" else None, latency if which != "size_bytes" else None)
+    plan = allocation.allocate(network(), limits, table())
+    assert not any(limits.exceeded(plan.cost))
+    assert any(limits.exceeded(plan.cost + plan.steps[-1].saves))
+
+
+def test_the_cost_of_a_plan_is_that_of_its_widths() -> None:
+    plan = allocation.allocate(network(block=100.0), Limits(None, whole().latency_ms * 0.6), table())
+    assert plan.blocks == []
+    first, second = plan.widths
+    layers = [(SLOW, 3, first), (SLOW, first, first), (ADD, first, first), (WIDE, first, second), (WIDE, second, 10)]
+    expected = [costs.cost(table(), operator, reads, writes) for operator, reads, writes in layers]
+    assert plan.cost.size_bytes == pytest.approx(sum(one.size_bytes for one in expected))
+    assert plan.cost.latency_ms == pytest.approx(sum(one.latency_ms for one in expected))
+
+
+def test_what_is_missed_less_goes_first() -> None:
+    size = Limits(whole().size_bytes * 0.7, None)
+    assert allocation.allocate(network(second=1e-3, block=100.0), size, table()).widths == [64, 16]
+    first, second = allocation.allocate(network(first=1e-3, block=100.0), size, table()).widths
+    assert first < 64
+    assert second == 64
+    assert allocation.allocate(network(block=1e-3), size, table()).blocks == ["block"]
+
+
+def test_latency_and_bytes_ask_for_different_things() -> None:
+    uneven = network(first=10.0, block=100.0)
+    fast = allocation.allocate(uneven, Limits(None, whole().latency_ms * 0.7), table())
+    small = allocation.allocate(uneven, Limits(whole().size_bytes * 0.7, None), table())
+    assert fast.widths[1] == 64  # its layers take no time
+    assert small.widths[1] < 64
+
+
+def test_the_least_that_can_be_left_is_a_step_of_each_group() -> None:
+    plan = allocation.allocate(network(), allocation.NOTHING, table())
+    assert plan.widths == [16, 16]
+    assert plan.blocks == ["block"]
+
+
+def test_widths_are_multiples_of_the_step() -> None:
+    layers = [Layer("stem", SLOW, None, 0, 3, 40), Layer("head", WIDE, 0, None, 40, 10)]
+    odd = Network(layers, [np.ones(40)], {})
+    steps = allocation.allocate(odd, allocation.NOTHING, table()).steps
+    assert [step.width for step in steps] == [32, 16]
+
+
+def test_what_a_plan_could_ask_for_is_what_is_needed() -> None:
+    points = allocation.needed(network())
+    plan = allocation.allocate(network(), allocation.NOTHING, dict.fromkeys(points, 1.0))
+    assert plan.widths == [16, 16]

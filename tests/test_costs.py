@@ -1,0 +1,77 @@
+"""costs: what the table says between its points, what it refuses, and that ONNX Runtime runs what is measured."""
+
+from pathlib import Path
+
+import pytest
+
+from tasks.core import costs
+from tasks.core.costs import Operator
+from tasks.core.errors import StageError
+
+CONV = Operator("conv", 1, 1, 8, 8)
+TABLE: costs.Table = {
+    (CONV, 16, 16): 1.0,
+    (CONV, 16, 32): 2.0,
+    (CONV, 32, 16): 3.0,
+    (CONV, 32, 32): 5.0,
+    (CONV, 3, 16): 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "latency_ms"),
+    [(16, 16, 1.0), (32, 32, 5.0), (16, 24, 1.5), (24, 16, 2.0), (24, 24, 2.75), (3, 16, 0.5)],
+)
+def test_latency_is_bilinear_between_the_points_of_the_grid(inputs: int, outputs: int, latency_ms: float) -> None:
+    assert costs.cost(TABLE, CONV, inputs, outputs).latency_ms == pytest.approx(latency_ms)
+
+
+def test_what_was_not_measured_is_told_in_a_sentence() -> None:
+    with pytest.raises(StageError, match=r"no conv of 16 to 64 channels, kernel 1, on 8 x 8: `weighin profile`"):
+        costs.cost(TABLE, CONV, 16, 64)
+
+
+def test_the_grid_is_what_cost_asks_for() -> None:
+    points = costs.grid(CONV, [3, 24, 48], [16, 40])
+    for inputs in (3, 24, 48):
+        for outputs in (16, 40):
+            costs.cost(dict.fromkeys(points, 1.0), CONV, inputs, outputs)
+    assert {(inputs, outputs) for _, inputs, outputs in points} == {
+        (inputs, outputs) for inputs in (3, 16, 32, 64) for outputs in (16, 32, 64)
+    }
+
+
+def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "device.json"
+    costs.write(path, TABLE, {"threads": 1})
+    assert costs.read(path) == TABLE
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"latency_ms": [["conv"]]}', '{"latency_ms": {"a": 1}}'])
+def test_a_file_that_is_no_table_is_told_in_a_sentence(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "device.json"
+    with pytest.raises(StageError, match="does not exist: `weighin profile`"):
+        costs.read(path)
+    path.write_text(content)
+    with pytest.raises(StageError, match="is not a device's table: `weighin profile` measures one"):
+        costs.read(path)
+
+
+@pytest.mark.parametrize(
+    ("operator", "inputs", "outputs"),
+    [
+        (Operator("frame", 1, 1, 32, 32), 3, 3),
+        (Operator("conv", 3, 2, 32, 32), 3, 16),
+        (Operator("depthwise", 5, 2, 16, 16), 32, 32),
+        (Operator("linear", 1, 1, 1, 1), 64, 10),
+        (Operator("add", 1, 1, 8, 8), 32, 32),
+    ],
+)
+def test_every_kind_of_layer_runs_in_onnx_runtime(operator: Operator, inputs: int, outputs: int) -> None:
+    assert costs.measure(operator, inputs, outputs, threads=1) >= 0
+    assert costs.size_bytes(operator, inputs, outputs) > 0
+
+
+def test_much_more_work_takes_longer() -> None:
+    small, large = (costs.measure(Operator("conv", 3, 1, 32, 32), width, width, threads=1) for width in (16, 256))
+    assert large > 5 * small  # 256 times the arithmetic
