@@ -40,15 +40,13 @@ def decide(slim: nn.Module, params: config.Prune, val: training.Images, head: st
 
 
 def _least_missed(net: nn.Module, params: config.Blocks, val: training.Images, example: Tensor) -> list[dict[str, Any]]:
-    names = masks.residual_blocks(net, example)
-    if params.remove > len(names):
-        raise StageError(f"prune.blocks.remove is {params.remove}, but this backbone has {len(names)} residual blocks")
-    _, before = training.evaluate(net, val)
-    effects = list(
-        track(masks.block_effects(net, names, lambda: training.evaluate(net, val)[1]), "trying blocks", len(names))
-    )
-    chosen = sorted(effects, key=lambda effect: effect.val_loss)[: params.remove]
-    return [{"name": effect.name, "val_loss_increase": effect.val_loss - before} for effect in chosen]
+    effects = importance.blocks(net, example, lambda: training.evaluate(net, val)[1])
+    if params.remove > len(effects):
+        raise StageError(
+            f"prune.blocks.remove is {params.remove}, but this backbone has {len(effects)} residual blocks"
+        )
+    chosen = sorted(effects, key=effects.__getitem__)[: params.remove]
+    return [{"name": name, "val_loss_increase": effects[name]} for name in chosen]
 
 
 def recover(
@@ -147,19 +145,18 @@ class Pruned(NamedTuple):
 
 def prune(teacher: nn.Module, spec: Spec, params: config.Prune, train: Path, val: Path, checkpoint: Path) -> Pruned:
     """Prune by the shares that the parameters name."""
-    held_out = training.Images(val, spec.preprocessing, spec.classes)
+    images, held_out = (training.Images(split, spec.preprocessing, spec.classes) for split in (train, val))
     slim = copy.deepcopy(teacher)
     plan = decide(slim, params, held_out, backbone.head(teacher))
-    return finish(teacher, slim, plan, spec, params, train, held_out, checkpoint)
+    return finish(teacher, slim, plan, params, images, held_out, checkpoint)
 
 
 def finish(
     teacher: nn.Module,
     slim: nn.Module,
     plan: dict[str, Any],
-    spec: Spec,
     params: config.Prune,
-    train: Path,
+    images: training.Images,
     held_out: training.Images,
     checkpoint: Path,
 ) -> Pruned:
@@ -168,7 +165,6 @@ def finish(
     full = masked(teacher, slim, plan["channels"], example)  # refuses, if at all, before hours of recovery
     history: list[dict[str, float]] = []
     if params.recovery:
-        images = training.Images(train, spec.preprocessing, spec.classes)
         hold = masks.hold_zeros(slim.to(training.device()), backbone.head(teacher))
         history = recover(slim, teacher, params.recovery, images, held_out, checkpoint=checkpoint, after_step=hold)
         full = masked(teacher, slim, plan["channels"], example)
@@ -251,10 +247,9 @@ def compress(
         plan = within(slim, limits, whole, table, look)
         if params.weights:
             plan["weights"] = masks.zero_weights(slim, params.weights)
-        key = hashlib.sha256(repr(limits).encode()).hexdigest()[:8]
-        pruned = finish(
-            teacher, slim, plan, spec, params, train, held_out, checkpoint.with_stem(f"{checkpoint.stem}-{key}")
-        )
+        key = hashlib.sha256(repr(plan).encode()).hexdigest()[:8]  # of another table comes another network
+        path = checkpoint.with_stem(f"{checkpoint.stem}-{key}")
+        pruned = finish(teacher, slim, plan, params, images, held_out, path)
         drop = reference - training.evaluate(pruned.net, held_out)[0]
         print(f"{plan['size_bytes']:,.0f} bytes and {plan['latency_ms']:.3f} ms: val top-1 {-drop:+.2%}", flush=True)
         holds = budget.max_top1_drop is None or drop <= budget.max_top1_drop

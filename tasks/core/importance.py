@@ -10,6 +10,9 @@ from torch.nn import functional
 from tasks.core import masks
 from tasks.core.allocation import Layer, Network
 from tasks.core.costs import Kind, Operator
+from tasks.core.progress import track
+
+LEAST_EFFECT = 1e-6  # of a block on the loss: what does harm goes first, and a square would hide that it does
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (B, C, H, W) float32, class numbers (B,) int64
 
@@ -46,9 +49,10 @@ def _change(group: tp.dependency.Group, channels: int) -> Tensor:
 
 
 def blocks(net: nn.Module, example: Tensor, val_loss: Callable[[], float]) -> dict[str, float]:
-    """By residual block, the rise of the val loss without it, as measured; at least a millionth."""
+    """By residual block, the rise of the val loss without it, as measured; a block may do harm."""
     names, before = masks.residual_blocks(net, example), val_loss()
-    return {effect.name: max(effect.val_loss - before, 1e-6) for effect in masks.block_effects(net, names, val_loss)}
+    effects = track(masks.block_effects(net, names, val_loss), "trying blocks", len(names))
+    return {effect.name: effect.val_loss - before for effect in effects}
 
 
 def network(
@@ -70,7 +74,7 @@ def network(
         ends, group, shape = mine[-1], writes.get(mine[-1]), shapes[mine[0]]
         made = _operator(ends, shapes[ends])[2]
         layers.append(Layer(f"{block} sum", Operator("add", 1, 1, shape[2], shape[3]), group, group, made, made, block))
-    squares = {name: effect**2 for name, effect in effects.items()}
+    squares = {name: max(effect, LEAST_EFFECT) ** 2 for name, effect in effects.items()}
     return Network(layers, [score.double().numpy() for score in scores], squares)
 
 
