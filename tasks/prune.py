@@ -27,7 +27,7 @@ TRIES = 4
 
 def decide(slim: nn.Module, params: config.Prune, val: training.Images, head: str) -> dict[str, Any]:
     """Remove blocks and channels from the network physically, and zero single weights; returns the plan."""
-    plan: dict[str, Any] = {"blocks": [], "channels": {}, "weights": {}}
+    plan: dict[str, Any] = {"blocks": [], "channels": {}, "float32": [], "weights": {}}
     example = torch.stack([val[index][0] for index in range(2)])
     if params.blocks:
         plan["blocks"] = _least_missed(slim, params.blocks, val, example)
@@ -217,6 +217,7 @@ def within(
             }
             for number, (name, score, width) in enumerate(zip(names, scores, plan.widths, strict=True))
         ],
+        "float32": plan.float32,
         "weights": {},
     }
 

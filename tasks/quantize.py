@@ -5,7 +5,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,16 @@ def calibration_images(train: Path, classes: tuple[str, ...], count: int) -> lis
 
 
 def quantize(
-    model: Path, images: list[bytes], preprocessing: Preprocessing, params: config.Quantize
+    model: Path,
+    images: list[bytes],
+    preprocessing: Preprocessing,
+    params: config.Quantize,
+    float32: Collection[str] = (),
 ) -> onnx.ModelProto:
     """int8 QDQ: signed weights per channel, unsigned activations per tensor, ranges by percentile.
 
-    Krishnamoorthi 2018, arXiv:1806.08342, for the scheme. `StageError` if a range is missing or not finite.
+    The layers in `float32` stay as they are. Krishnamoorthi 2018, arXiv:1806.08342, for the scheme. `StageError` if a
+    range is missing or not finite.
     """
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch, quiet():
         target = Path(scratch) / "quantized.onnx"
@@ -69,6 +74,7 @@ def quantize(
                 Reader(images, preprocessing),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(QUANTIZED),
+                nodes_to_exclude=[node.name for node in onnx.load(model).graph.node if layer(node) in float32],
                 per_channel=True,
                 reduce_range=params.reduce_range,
                 activation_type=QuantType.QUInt8,
@@ -86,6 +92,12 @@ def quantize(
     return quantized
 
 
+def layer(node: onnx.NodeProto) -> str:
+    """The name of the layer in PyTorch whose weights the node reads, or an empty one."""
+    weight = node.input[1] if node.op_type in graph.WEIGHTED else ""
+    return str(weight.removesuffix(".weight"))
+
+
 def check_scales(model: onnx.ModelProto) -> None:
     """`StageError` names the first tensor whose scale is not a finite number above zero."""
     constants = graph.initializers(model)
@@ -97,7 +109,7 @@ def check_scales(model: onnx.ModelProto) -> None:
 
 
 def float_layers(model: Path) -> list[str]:
-    """Convolutions and matrix products that the graph optimized by ONNX Runtime still computes in float."""
+    """Convolutions and matrix products that the graph optimized by ONNX Runtime still computes in float, in order."""
     heavy = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
     return [
         f"{node.op_type} of {node.input[1]}" for node in session.optimized(model).graph.node if node.op_type in heavy
@@ -122,19 +134,23 @@ def main() -> None:
     preprocessing, classes = session.description(session.open_session(source, threads=1))
     images = calibration_images(paths.TRAIN, classes, params.calibration_images)
     print(f"calibrating on {len(images)} images", flush=True)
-    quantized = quantize(source, images, preprocessing, params)
+    float32 = files.read_json(paths.PLAN)["float32"]
+    quantized = quantize(source, images, preprocessing, params, float32)
     with files.replacing(paths.onnx("quantize")) as (temporary,):
         temporary.write_bytes(quantized.SerializeToString())
-        left = float_layers(temporary)
+        left = float_layers(temporary)[len(float32) :]  # those that should be are the first of all
         convolutions = [name for name in left if "Conv" in name]
         if convolutions:
             raise StageError(f"{paths.onnx('quantize')} still computes in float: {', '.join(convolutions)}")
+    if float32:
+        print(f"faster in float32 on the device, and left so: {', '.join(float32)}")
     if left:
         print(f"matrix products that stay in float: {', '.join(left)}")
     ready = session.open_session(paths.onnx("quantize"), threads=1)
     metrics: dict[str, Any] = {
         "val_top1": session.top1(ready, dataset.batches(paths.VAL, preprocessing, classes, BATCH)),
         "calibration_images": len(images),
+        "float32": float32,
         "float_layers": len(left),
     }
     files.write_json(paths.report("quantize"), metrics)

@@ -93,13 +93,7 @@ def unshare(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         own_constants(node)
         nodes.append(node)
-    replace_nodes(model, nodes)
-
-
-def replace_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
-    copies = onnx.GraphProto(node=nodes)
-    del model.graph.node[:]
-    model.graph.node.extend(copies.node)
+    graph.replace_nodes(model, nodes)
 
 
 def layers(model: onnx.ModelProto, constants: graph.Constants) -> list[Layer]:

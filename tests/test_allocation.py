@@ -95,6 +95,19 @@ def test_widths_are_multiples_of_the_step() -> None:
     assert [step.width for step in steps] == [32, 16]
 
 
+@pytest.mark.parametrize("gain", [0.05, -0.05])
+def test_a_front_that_is_faster_in_float_is_left_so_and_counted(gain: float) -> None:
+    front = Operator("front", 1, 1, 64, 64)
+    with_front = network()._replace(layers=[*network().layers[:1], network().layers[0]._replace(operator=front)])
+    widths = (16, 32, 64)
+    fronts = table() | {(front, 3, width): -gain for width in widths}
+    plan = allocation.allocate(with_front, allocation.ANYTHING, fronts)
+    plain = allocation.allocate(with_front._replace(layers=with_front.layers[:1]), allocation.ANYTHING, fronts)
+    assert plan.float32 == (["stem"] if gain > 0 else [])
+    assert plan.cost.latency_ms == pytest.approx(plain.cost.latency_ms - max(gain, 0))
+    assert plain.float32 == []
+
+
 def test_what_a_plan_could_ask_for_is_what_is_needed() -> None:
     points = allocation.needed(network())
     plan = allocation.allocate(network(), allocation.NOTHING, dict.fromkeys(points, 1.0))

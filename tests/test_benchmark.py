@@ -420,6 +420,10 @@ def test_the_stage_leaves_report_and_tables(repository: Repository, networks: Ne
     confusion = report["stages"]["reduce"]["confusion"]
     assert [[predictions[actual, predicted] for predicted in CLASSES] for actual in CLASSES] == confusion
     assert report["champion"] is None
+    own, plain = report["stages"]["reduce"], report["float32"]
+    assert set(plain) == {"latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "throughput_per_s"}
+    told = "slower than the same shape in float32" in done.stdout
+    assert told == (own["latency_p50_ms"] > plain["latency_p50_ms"])
     for name in ("predictions.csv", "golden.npz"):
         assert report[f"{name.split('.')[0]}_sha256"] == files.sha256(repository.root / "data/reports" / name)
     model, outputs = repository.model("reduce"), repository.root / "data/reports/golden.npz"

@@ -72,6 +72,20 @@ def test_every_kind_of_layer_runs_in_onnx_runtime(operator: Operator, inputs: in
     assert costs.size_bytes(operator, inputs, outputs) > 0
 
 
+@pytest.mark.parametrize("kind", costs.FRONTS)
+def test_both_forms_of_a_front_run_in_onnx_runtime(kind: costs.Kind) -> None:
+    assert abs(costs.measure(Operator(kind, 3, 2, 64, 64), 3, 16, threads=1)) < 100
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("front", 3 * 9), ("front depthwise", 3 * 9 + 9)])
+def test_a_front_is_left_in_float_only_where_that_is_faster(kind: costs.Kind, weights: int) -> None:
+    """And then each weight of it has three bytes more."""
+    front = Operator(kind, 3, 2, 64, 64)
+    table = {(front, 3, 16): -0.5, (front, 3, 32): 0.25}
+    assert costs.cost(table, front, 3, 16) == (3 * 16 * weights, -0.5)
+    assert costs.cost(table, front, 3, 32) == (0, 0)
+
+
 def test_much_more_work_takes_longer() -> None:
     small, large = (costs.measure(Operator("conv", 3, 1, 32, 32), width, width, threads=1) for width in (16, 256))
     assert large > 5 * small  # 256 times the arithmetic

@@ -9,10 +9,11 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import Network
+from conftest import MASKED, Network
 from onnx import helper, numpy_helper
 
 from tasks.core import graph
+from tasks.reduce import reduce
 
 Array = npt.NDArray[Any]
 RNG = np.random.default_rng(0)
@@ -238,6 +239,22 @@ def test_integer_constants_are_read_relative_to_their_zero_points() -> None:
     assert np.array_equal(left["codes"], codes[kept])
     assert np.array_equal(left["scale"], scale[kept])
     assert np.array_equal(left["zero"], zero[kept])
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_model_in_float_has_the_shape_and_nearly_the_answers_of_its_int8(
+    name: str, networks: Callable[[str], Network]
+) -> None:
+    reduced, _ = reduce(networks(name).quantized)
+    plain = graph.in_float(reduced)
+    onnx.checker.check_model(plain, full_check=True)
+    assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in plain.graph.node}
+    assert graph.macs(plain) == graph.macs(reduced)
+    assert {tensor.data_type for tensor in plain.graph.initializer} == {onnx.TensorProto.FLOAT}
+    shape = [dim.dim_value for dim in reduced.graph.input[0].type.tensor_type.shape.dim[1:]]
+    image = np.random.default_rng(2).normal(size=(8, *shape)).astype(np.float32)
+    expected, found = answer(reduced, image), answer(plain, image)
+    assert np.abs(expected - found).mean() < 0.2 * expected.std()
 
 
 def test_cutting_inputs_leaves_the_scales_of_outputs() -> None:

@@ -452,7 +452,7 @@ def test_the_teacher_teaches(crop_scale: float, repository: Path, tmp_path: Path
 def test_nothing_to_prune_is_the_same_network(repository: Path, tmp_path: Path) -> None:
     net, spec = teacher(repository)
     full, plan, history = pruned(repository, tmp_path / "checkpoint.pt", net, spec)
-    assert (plan, history) == ({"blocks": [], "channels": {}, "weights": {}}, [])
+    assert (plan, history) == ({"blocks": [], "channels": {}, "float32": [], "weights": {}}, [])
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), full.state_dict().values(), strict=True))
 
 

@@ -5,7 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -237,7 +237,26 @@ def test_a_scale_that_is_no_positive_number_is_refused(scale: float) -> None:
         check_scales(model)
 
 
-def prepared(repository: Repository, source: Path, train: int = 70) -> None:
+FRONT = ["conv_stem", "blocks.0.0.conv_dw"]
+
+
+@pytest.mark.parametrize("kept", [FRONT[:1], FRONT])
+def test_layers_that_are_left_in_float(
+    kept: list[str], networks: Networks, images: list[bytes], tmp_path: Path
+) -> None:
+    network = networks("mobilenetv2_050")
+    mixed = quantize(network.path, images, network.preprocessing, CALIBRATION, kept)
+    constants, original = graph.initializers(mixed), graph.initializers(onnx.load(network.path))
+    for name in kept:
+        assert constants[f"{name}.weight"] == original[f"{name}.weight"]
+    onnx.save(mixed, tmp_path / "mixed.onnx")
+    assert len(float_layers(tmp_path / "mixed.onnx")) == len(kept)
+
+
+def prepared(repository: Repository, source: Path, train: int = 70, float32: Sequence[str] = ()) -> None:
+    path = repository.root / "data/models/prune/plan.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"float32": float32}))
     repository.params(quantize={"calibration_images": 64})
     repository.model("prune").write_bytes(source.read_bytes())
     repository.split("train", [png(seed) for seed in range(train)])
@@ -258,7 +277,17 @@ def test_the_stage_leaves_the_model_and_its_numbers(repository: Repository, netw
     ready = session.open_session(repository.model("quantize"), 1)
     val = np.stack([dataset.tensor(png(seed), network.preprocessing) for seed in range(200, 220)])
     right = session.logits(ready, val).argmax(1) == np.arange(20) % len(CLASSES)
-    assert report == {"val_top1": right.mean(), "calibration_images": 64, "float_layers": 0}
+    assert report == {"val_top1": right.mean(), "calibration_images": 64, "float32": [], "float_layers": 0}
+
+
+def test_the_stage_leaves_in_float_what_the_plan_says(repository: Repository, networks: Networks) -> None:
+    network = networks("mobilenetv2_050")
+    prepared(repository, network.path, float32=FRONT)
+    done = repository.run("quantize")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"faster in float32 on the device, and left so: {', '.join(FRONT)}" in done.stdout
+    assert json.loads(repository.report("quantize").read_text())["float32"] == FRONT
+    assert len(float_layers(repository.model("quantize"))) == len(FRONT)
 
 
 def test_the_stage_needs_images_to_calibrate_on(repository: Repository, networks: Networks) -> None:

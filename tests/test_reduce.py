@@ -160,6 +160,17 @@ def int8(tmp_path: Path, images: list[bytes]) -> Callable[[onnx.ModelProto], onn
 Int8 = Callable[[onnx.ModelProto], onnx.ModelProto]
 
 
+@pytest.mark.parametrize("kept", [["conv_stem"], ["conv_stem", "blocks.0.0.conv_dw"]])
+def test_layers_left_in_float_shrink_without_changing_a_bit(
+    kept: list[str], networks: Callable[[str], Network], images: list[bytes]
+) -> None:
+    network = networks("mobilenetv2_050")
+    mixed = quantize(network.path, images, network.preprocessing, CALIBRATION, kept)
+    reduced, _ = reduce(mixed)
+    assert sorted(shapes(reduced)) == sorted(network.slim.values())
+    assert_same_bits(mixed, reduced)
+
+
 @pytest.mark.parametrize("name", MASKED)
 def test_a_masked_network_shrinks_to_its_plan_without_changing_a_bit(
     name: str, networks: Callable[[str], Network]

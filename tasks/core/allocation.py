@@ -68,6 +68,7 @@ class Plan(NamedTuple):
     steps: list[Step]
     widths: list[int]
     cost: Cost
+    float32: list[str]  # the layers that are faster so than in int8
 
     @property
     def blocks(self) -> list[str]:
@@ -93,7 +94,16 @@ def allocate(network: Network, limits: Limits, table: Table) -> Plan:
             widths[best.group] = best.width
         steps.append(best)
         now = now - best.saves
-    return Plan(steps, widths, now)
+    return Plan(steps, widths, now, _in_float(layers, widths, full, table))
+
+
+def _in_float(layers: list[Layer], widths: list[int], full: list[int], table: Table) -> list[str]:
+    """The layers of the front, if the device is faster with it in float32."""
+    front = [layer for layer in layers if layer.operator.kind in costs.FRONTS]
+    if not front or _total(front, widths, full, table).latency_ms >= 0:
+        return []
+    names = [layer.name for layer in layers if layer.operator.kind in ("conv", "depthwise")]
+    return names[: names.index(front[0].name) + 1]
 
 
 def _gain(saves: Cost, whole: Cost, over: tuple[bool, bool]) -> float:

@@ -25,13 +25,17 @@ FRAME_BYTES = 600  # metadata, input and output of a file
 NODE_BYTES = 240  # nodes and per-tensor constants of a layer, with short names
 CHANNEL_BYTES = 9  # scale and bias of an output channel, and sometimes its zero point
 
-Kind = Literal["frame", "conv", "depthwise", "linear", "add"]
+Kind = Literal["frame", "front", "front depthwise", "conv", "depthwise", "linear", "add"]
+
+FRONTS = ("front", "front depthwise")
 
 
 class Operator(NamedTuple):
     """A layer without its widths: what it does, and on what picture.
 
     `frame` is what every model has around its layers: the input's quantization, pooling, and the call itself.
+    `front` is the convolution that reads the image, and `front depthwise` that one and the 3 x 3 depthwise one after
+    it; what they take is the difference of float32 to int8, where it is less: nothing, or below zero.
     """
 
     kind: Kind
@@ -69,11 +73,16 @@ def cost(table: Table, operator: Operator, inputs: int, outputs: int) -> Cost:
             f"the device's table has no {operator.kind} of {inputs} to {outputs} channels, kernel {operator.kernel}, "
             f"on {operator.height} x {operator.width}: `weighin profile` measures what this backbone needs"
         ) from None
+    if operator.kind in FRONTS and latency >= 0:
+        return Cost(0, 0)
     return Cost(size_bytes(operator, inputs, outputs), latency)
 
 
 def size_bytes(operator: Operator, inputs: int, outputs: int) -> float:
-    """Bytes of the layer in the reduced int8 file."""
+    """Bytes of the layer in the reduced int8 file; of a front, what float32 adds to it."""
+    if operator.kind in FRONTS:
+        weights = inputs * operator.kernel**2 + (9 if operator.kind == "front depthwise" else 0)
+        return 3 * outputs * weights
     if operator.kind in ("frame", "add"):
         return FRAME_BYTES if operator.kind == "frame" else NODE_BYTES
     reads = 1 if operator.kind == "depthwise" else inputs
@@ -126,10 +135,16 @@ def write(path: Path, table: Table, about: dict[str, Any]) -> None:
 def measure(operator: Operator, inputs: int, outputs: int, threads: int) -> float:
     """Milliseconds of one int8 layer at batch 1: the median of what COPIES more of it add to a run.
 
-    Of a frame: the median of a whole run.
+    Of a frame: the median of a whole run. Of a front: what float32 adds to the run, or takes from it.
     """
     if operator.kind == "frame":
         return _times([session.open_session(_frame(operator, inputs), threads)])[0]
+    if operator.kind in FRONTS:
+        both = [
+            session.open_session(_front(operator, inputs, outputs, in_float), threads) for in_float in (False, True)
+        ]
+        in_int8, in_float = _times(both)
+        return in_float - in_int8
     pair = [session.open_session(_layers(operator, inputs, outputs, copies), threads) for copies in (1, 1 + COPIES)]
     one, more = _times(pair)
     return max(0.0, more - one) / COPIES
@@ -162,6 +177,39 @@ def _frame(operator: Operator, channels: int) -> bytes:
         helper.make_node("DequantizeLinear", ["p", "s", "z"], ["y0"]),
     ]
     return _model(nodes, {}, [1, channels, operator.height, operator.width], TensorProto.FLOAT, 1)
+
+
+def _front(operator: Operator, inputs: int, outputs: int, in_float: bool) -> bytes:
+    """The front between the image and an int8 layer, as QDQ or with its own layers in float32."""
+    random = np.random.default_rng(0)
+    nodes: list[NodeProto] = []
+    constants: dict[str, Any] = {"low": np.float32(0), "high": np.float32(6), "ws": np.full(outputs, 0.01, np.float32)}
+
+    def add(kind: str, names: list[str], **attributes: Any) -> str:
+        nodes.append(helper.make_node(kind, names, [f"t{len(nodes)}"], **attributes))
+        return f"t{len(nodes) - 1}"
+
+    def quantized(source: str) -> str:
+        return add("DequantizeLinear", [add("QuantizeLinear", [source, "s", "z"]), "s", "z"])
+
+    layers = [("front", operator.kernel, operator.stride, 1), ("depthwise", 3, 1, outputs), ("next", 1, 1, 1)]
+    if operator.kind == "front":
+        del layers[1]
+    picture = [1, inputs, operator.height, operator.width]
+    source = "x"
+    for name, kernel, stride, groups in layers:
+        plain = in_float and name != "next"
+        codes = random.integers(-127, 127, (outputs, inputs // groups, kernel, kernel), np.int8)
+        constants |= {name: codes * np.float32(0.01) if plain else codes, f"{name} bias": np.zeros(outputs, np.float32)}
+        weight = name if plain else add("DequantizeLinear", [name, "ws"], axis=0)
+        before, after = (kernel - 1) // 2, kernel // 2
+        place = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [before, before, after, after]}
+        source = add("Conv", [source if plain else quantized(source), weight, f"{name} bias"], group=groups, **place)
+        if plain:
+            source = add("Clip", [source, "low", "high"])
+        inputs = outputs
+    nodes.append(helper.make_node("Identity", [quantized(add("GlobalAveragePool", [quantized(source)]))], ["y0"]))
+    return _model(nodes, constants, picture, TensorProto.FLOAT, 1)
 
 
 def _layers(operator: Operator, inputs: int, outputs: int, copies: int) -> bytes:

@@ -163,6 +163,59 @@ def _axis(dequantizer: onnx.NodeProto, rank: int) -> int:
     return int(attribute(dequantizer, "axis", 1)) % rank
 
 
+def in_float(quantized: onnx.ModelProto) -> onnx.ModelProto:
+    """A model of the same shape that computes in float32: weights as their codes mean, activations without steps.
+
+    A range that begins at zero stays, as a Clip: there quantization does the work of an activation.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(quantized)
+    constants, outputs = Constants(model), {value.name for value in model.graph.output}
+    sources: dict[str, str] = {}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        node.input[:] = [sources.get(name, name) for name in node.input]
+        result = node.output[0]
+        if result in constants.dequantized:
+            model.graph.initializer.append(numpy_helper.from_array(_meaning(node, constants), result))
+        elif node.op_type == "QuantizeLinear" and (top := _top(node, constants)) is not None:
+            bounds = {f"{result}.low": np.zeros((), np.float32), f"{result}.high": top}
+            model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in bounds.items())
+            nodes.append(onnx.helper.make_node("Clip", [node.input[0], *bounds], [result]))
+        elif node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            nodes.append(node)
+        elif result in outputs:
+            nodes.append(onnx.helper.make_node("Identity", node.input[:1], [result]))
+        else:
+            sources[result] = node.input[0]
+    replace_nodes(model, nodes)
+    strip(model)
+    return model
+
+
+def _meaning(dequantizer: onnx.NodeProto, constants: Constants) -> npt.NDArray[np.float32]:
+    values: Any = constants.read(dequantizer.output[0])
+    scale = numpy_helper.to_array(constants.tensors[dequantizer.input[1]])
+    shape = [-1 if axis == _axis(dequantizer, values.ndim) else 1 for axis in range(values.ndim)] if scale.ndim else []
+    return np.asarray(values * scale.reshape(shape), np.float32)
+
+
+def _top(quantizer: onnx.NodeProto, constants: Constants) -> Array | None:
+    """The largest value of a range that begins at zero; None if it does not."""
+    scale = constants.read(quantizer.input[1])
+    zero = constants.read(quantizer.input[2]) if len(quantizer.input) > 2 else np.zeros((), np.uint8)
+    if scale is None or zero is None or zero.any():
+        return None
+    return np.asarray(scale * np.iinfo(zero.dtype).max, np.float32)
+
+
+def replace_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
+    """Make these the model's nodes, in place; they may be its own."""
+    copies = onnx.GraphProto(node=nodes)
+    del model.graph.node[:]
+    model.graph.node.extend(copies.node)
+
+
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 

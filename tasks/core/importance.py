@@ -69,6 +69,7 @@ def network(
         block = next((one for one in effects if name.startswith(f"{one}.")), None)
         operator, inputs, outputs = _operator(module, shape)
         layers.append(Layer(name, operator, reads.get(module), writes.get(module), inputs, outputs, block))
+    layers += _front(layers)
     for block in effects:
         mine = [module for module in shapes if names[module].startswith(f"{block}.")]
         ends, group, shape = mine[-1], writes.get(mine[-1]), shapes[mine[0]]
@@ -76,6 +77,16 @@ def network(
         layers.append(Layer(f"{block} sum", Operator("add", 1, 1, shape[2], shape[3]), group, group, made, made, block))
     squares = {name: max(effect, LEAST_EFFECT) ** 2 for name, effect in effects.items()}
     return Network(layers, [score.double().numpy() for score in scores], squares)
+
+
+def _front(layers: list[Layer]) -> list[Layer]:
+    """What may be left in float32, named by its last layer: what reads the image, and the depthwise layer behind it."""
+    stem, *others = layers[1:3]
+    if stem.operator.kind != "conv":
+        return []
+    behind = [one for one in others if one.operator._replace(height=0, width=0) == Operator("depthwise", 3, 1, 0, 0)]
+    kind: Kind = "front depthwise" if behind else "front"
+    return [stem._replace(name=(behind or [stem])[0].name, operator=stem.operator._replace(kind=kind))]
 
 
 def _ties(groups: list[tp.dependency.Group]) -> tuple[dict[nn.Module, int], dict[nn.Module, int]]:
