@@ -393,7 +393,7 @@ def _follows(
             f"{recorded.get('schema_version')}, not judged again",
         )
         return
-    golden = outputs.get(paths.GOLDEN.as_posix())
+    golden, packed = (outputs.get(path.as_posix()) for path in (paths.GOLDEN, paths.PACKED))
     try:
         params = config.read(contents.get("params.yaml", b""), Path("params.yaml"))
         evidence = gate.Evidence(
@@ -401,6 +401,7 @@ def _follows(
             predictions=contents.get("predictions.csv", b""),
             champion=json.loads(contents.get("champion.json", b"")),
             golden_sha256=golden.sha256 if golden else "",
+            packed_sha256=packed.sha256 if packed else "",
             infra=recorded.get("infra"),
             judged=gate.Judged(*told),
         )

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
-import zstandard
 
 from tasks.core import config, dataset, files, graph, paths, session
 from tasks.core.errors import StageError, run
@@ -130,7 +129,7 @@ def weight(model: Path) -> dict[str, Any]:
     return {
         "sha256": files.sha256(model),
         "size_bytes": len(data),
-        "zst_bytes": len(zstandard.ZstdCompressor(level=19).compress(data)),
+        "zst_bytes": len(files.packed(data)),
         "params": params,
         "nonzero_params": nonzero,
         "sparsity": 1 - nonzero / params,
@@ -206,10 +205,14 @@ def main() -> None:
     models = {name: paths.onnx(name) for name in WEIGHED}
     champion = paths.CHAMPION_MODEL if paths.CHAMPION_MODEL.exists() else None
     report, predictions = benchmark(models, champion, paths.TEST, params.benchmark, params.classes)
+    if files.unpacked(paths.PACKED) != models["reduce"].read_bytes():
+        raise StageError(f"{paths.PACKED} does not unpack to {models['reduce']}: run reduce again")
+    report["stages"]["reduce"]["zst_bytes"] = paths.PACKED.stat().st_size
     _write_csv(paths.PREDICTIONS, predictions)
     with files.replacing(paths.GOLDEN) as (temporary,), temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **golden(models["reduce"], paths.TEST, params.benchmark.threads))
-    hashes = {"predictions_sha256": files.sha256(paths.PREDICTIONS), "golden_sha256": files.sha256(paths.GOLDEN)}
+    written = {"predictions": paths.PREDICTIONS, "golden": paths.GOLDEN, "packed": paths.PACKED}
+    hashes = {f"{name}_sha256": files.sha256(path) for name, path in written.items()}
     files.write_json(paths.report("benchmark"), report | hashes)
     write_tables(report)
     first, last = report["stages"]["finetune"], report["stages"]["reduce"]

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from tasks.core import comparison, config, files, materials, paths, probe
 from tasks.core.errors import StageError, run
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 NONE = "bootstrap"  # what stands for the champion where there is none yet, and that is allowed
 
 Check = dict[str, Any]
@@ -45,6 +45,7 @@ class Evidence(NamedTuple):
     predictions: bytes  # predictions.csv
     champion: Any  # champion.json
     golden_sha256: str
+    packed_sha256: str  # of the shipped file packed for the way there
     infra: Any  # how the shipped file met the golden outputs in a fresh process
     judged: Judged
 
@@ -205,6 +206,7 @@ def _same_files(evidence: Evidence, table: Table) -> Iterator[Check]:
     yield check("data_sha256", _at(report, "data_sha256"), "==", judged.data_sha256)
     yield check("predictions_sha256", _at(report, "predictions_sha256"), "==", files.sha256_of(evidence.predictions))
     yield check("golden_sha256", _at(report, "golden_sha256"), "==", evidence.golden_sha256)
+    yield check("packed_sha256", _at(report, "packed_sha256"), "==", evidence.packed_sha256)
     counted = int(_right(table, "predicted").sum()) / len(table) if table else None
     yield check("top1_of_predictions", counted, "==", _share(_at(report, "stages", "reduce", "top1")) or "a top-1")
 
@@ -214,6 +216,8 @@ def _thresholds(report: Any, limits: config.Gate) -> Iterator[Check]:
     yield check("top1", _share(_at(last, "top1")), ">=", limits.min_top1)
     yield check("top1_drop", _drop(first, last), "<=", limits.max_top1_drop)
     yield check("size_bytes", _amount(_at(last, "size_bytes")), "<=", limits.max_size_bytes)
+    if limits.max_zst_bytes is not None:
+        yield check("zst_bytes", _amount(_at(last, "zst_bytes")), "<=", limits.max_zst_bytes)
     yield check("latency_ratio", _ratio(first, last), "<=", limits.max_latency_ratio)
     if limits.max_latency_ms is not None:
         yield check("latency_ms", _amount(_at(last, "latency_p50_ms")), "<=", limits.max_latency_ms)
@@ -288,10 +292,12 @@ MEANINGS = {
     "data_sha256": "the test split is the one that the benchmark used",
     "predictions_sha256": "the table of predictions is the one that the benchmark wrote",
     "golden_sha256": "the golden outputs are those that the benchmark recorded",
+    "packed_sha256": "the packed file is the one that the benchmark unpacked to the model",
     "top1_of_predictions": "the predictions, counted again, give the top-1 of the report",
     "top1": "top-1 on the test split",
     "top1_drop": "top-1 lost against the fine-tuned fp32 model",
     "size_bytes": "bytes of the file",
+    "zst_bytes": "bytes of the file packed by Zstandard",
     "latency_ratio": "p50 over that of the fine-tuned fp32 model in the same run",
     "latency_ms": "p50 at batch 1 in milliseconds",
     "champion": "there is a version in production to compare with, or leave to go without",
@@ -383,6 +389,7 @@ def evidence(profile: config.Benchmark) -> Evidence:
         predictions=paths.PREDICTIONS.read_bytes(),
         champion=files.read_json(paths.CHAMPION_RECORD),
         golden_sha256=files.sha256(paths.GOLDEN),
+        packed_sha256=files.sha256(paths.PACKED),
         infra=infra,
         judged=judged,
     )

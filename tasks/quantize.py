@@ -15,7 +15,7 @@ import onnx
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-from tasks.core import config, dataset, files, graph, paths, session
+from tasks.core import codebook, config, dataset, files, graph, paths, session
 from tasks.core.dataset import Preprocessing
 from tasks.core.errors import StageError, run
 
@@ -136,6 +136,8 @@ def main() -> None:
     print(f"calibrating on {len(images)} images", flush=True)
     float32 = files.read_json(paths.PLAN)["float32"]
     quantized = quantize(source, images, preprocessing, params, float32)
+    if params.codebook:
+        codebook.apply(quantized, params.codebook)
     with files.replacing(paths.onnx("quantize")) as (temporary,):
         temporary.write_bytes(quantized.SerializeToString())
         left = float_layers(temporary)[len(float32) :]  # those that should be are the first of all

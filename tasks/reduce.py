@@ -463,6 +463,7 @@ def main() -> None:
     with files.replacing(target) as (temporary,):
         temporary.write_bytes(model.SerializeToString())
         images = prove(source, temporary, paths.TEST, threads=1)
+    files.write_bytes(paths.PACKED, files.packed(target.read_bytes()))
     sizes = {"size_bytes_before": source.stat().st_size, "size_bytes_after": target.stat().st_size}
     files.write_json(paths.report("reduce"), {"bit_identical_images": images, **sizes, **record})
     print(

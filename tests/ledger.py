@@ -29,7 +29,7 @@ DOCS = paths.DATA_DOCS / "index.html"
 FILES = (
     *(paths.TRAIN, paths.VAL, paths.TEST, paths.MANIFEST, paths.SOURCES, paths.report("validate")),
     *(paths.weights("finetune"), paths.spec("finetune"), paths.onnx("finetune"), paths.onnx("reduce")),
-    *(paths.report("benchmark"), paths.GOLDEN, paths.PREDICTIONS, paths.report("gate")),
+    *(paths.report("benchmark"), paths.GOLDEN, paths.PREDICTIONS, paths.report("gate"), paths.PACKED),
 )
 OUTS = (*FILES, paths.DATA_DOCS)
 IMAGES = 200
@@ -122,6 +122,7 @@ class Ledger:
         outputs are of, if not of this one.
         """
         self.write(paths.onnx("reduce"), model(seed))
+        self.write(paths.PACKED, files.packed(model(seed)))
         self.write(paths.onnx("finetune"), model(seed, note="fp32"))
         self.write(paths.weights("finetune"), np.random.default_rng(seed).bytes(padding or 64))
         self.write(paths.spec("finetune"), json.dumps({"weights": weights or {"source": "none"}}).encode())
@@ -146,6 +147,7 @@ class Ledger:
             predictions=(self.root / paths.PREDICTIONS).read_bytes(),
             champion=json.loads((self.root / paths.CHAMPION_RECORD).read_bytes()),
             golden_sha256=files.sha256(self.root / paths.GOLDEN),
+            packed_sha256=files.sha256(self.root / paths.PACKED),
             infra={"batch-1": {"difference": 0.0, "same_top1": True, "repeatable": True}},
             judged=gate.Judged(model_sha256, data_sha256, params_sha256, code),
         )
@@ -162,6 +164,7 @@ class Ledger:
             "stages": {"finetune": numbers | {"latency_p50_ms": 1.0}, "reduce": reduced},
             "predictions_sha256": files.sha256(self.root / paths.PREDICTIONS),
             "golden_sha256": files.sha256(self.root / paths.GOLDEN),
+            "packed_sha256": files.sha256(self.root / paths.PACKED),
         }
 
     def lock(self) -> None:

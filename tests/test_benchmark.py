@@ -392,10 +392,15 @@ def test_golden_outputs_are_met_within_the_memory_of_the_device(
         meet(recorded(large, test_split, tmp_path / "large.npz"), large, 1, limit)
 
 
+def packed(repository: Repository) -> Path:
+    return repository.model("reduce").with_name("model.onnx.zst")
+
+
 def prepared(repository: Repository, made: dict[str, Path]) -> None:
     repository.params(benchmark=PROFILE.model_dump())
     for stage, path in made.items():
         repository.model(stage).write_bytes(path.read_bytes())
+    packed(repository).write_bytes(files.packed(made["reduce"].read_bytes()))
     repository.split("test", [png(seed, 28) for seed in range(30)])
 
 
@@ -424,6 +429,7 @@ def test_the_stage_leaves_report_and_tables(repository: Repository, networks: Ne
     assert set(plain) == {"latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "throughput_per_s"}
     told = "slower than the same shape in float32" in done.stdout
     assert told == (own["latency_p50_ms"] > plain["latency_p50_ms"])
+    assert report["packed_sha256"] == files.sha256(packed(repository))
     for name in ("predictions.csv", "golden.npz"):
         assert report[f"{name.split('.')[0]}_sha256"] == files.sha256(repository.root / "data/reports" / name)
     model, outputs = repository.model("reduce"), repository.root / "data/reports/golden.npz"
@@ -476,6 +482,18 @@ def test_the_stage_refuses_nan_without_a_report(repository: Repository, networks
     assert done.returncode == 1
     said = "answers with NaN or infinite logits on images of data/prepared/test.parquet"
     assert done.stderr.splitlines()[-1] == f"error: data/models/prune/model.onnx {said}"
+    assert not repository.report("benchmark").exists()
+
+
+def test_the_stage_refuses_another_model_as_the_packed_one(
+    repository: Repository, networks: Networks, tmp_path: Path
+) -> None:
+    prepared(repository, models(networks, tmp_path))
+    packed(repository).write_bytes(files.packed(networks("mlp").quantized.SerializeToString()))
+    said = "data/models/reduce/model.onnx.zst does not unpack to data/models/reduce/model.onnx: run reduce again"
+    assert repository.sentence("benchmark") == said
+    packed(repository).write_bytes(b"no frame")
+    assert "data/models/reduce/model.onnx.zst does not unpack as Zstandard" in repository.sentence("benchmark")
     assert not repository.report("benchmark").exists()
 
 

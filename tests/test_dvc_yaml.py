@@ -100,6 +100,7 @@ def test_the_gate_depends_on_every_file_that_its_evidence_is_read_from() -> None
         paths.PREDICTIONS,
         paths.GOLDEN,
         paths.onnx("reduce"),
+        paths.PACKED,
         paths.TEST,
         paths.CHAMPION,
     ]

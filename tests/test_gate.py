@@ -24,13 +24,14 @@ from tasks.core import comparison, config, files, graph, materials
 from tasks.gate import Evidence, Judged, evidence, explain, gate, reason, rows, sentence
 from tasks.reduce import reduce
 
-MODEL, DATA, PARAMS, CODE, CHAMPION, GOLDEN = (letter * 64 for letter in "abcdef")
+MODEL, DATA, PARAMS, CODE, CHAMPION, GOLDEN, PACKED = (letter * 64 for letter in "abcdef0")
 JUDGED = Judged(MODEL, DATA, PARAMS, CODE)
 MARGIN = 0.08
 LIMITS: dict[str, Any] = {
     "min_top1": 0.9,
     "max_top1_drop": 0.01,
     "max_size_bytes": 1000,
+    "max_zst_bytes": 900,
     "max_latency_ratio": 0.5,
     "max_latency_ms": 2.0,
     "max_golden_difference": 0.001,
@@ -40,8 +41,8 @@ LIMITS: dict[str, Any] = {
         "device": {"min_count": 40, "min_top1": 0.875, "max_regression": 0.025},
     },
 }
-SAME = ["model_sha256", "data_sha256", "predictions_sha256", "golden_sha256", "top1_of_predictions"]
-THRESHOLDS = ["top1", "top1_drop", "size_bytes", "latency_ratio", "latency_ms"]
+SAME = ["model_sha256", "data_sha256", "predictions_sha256", "golden_sha256", "packed_sha256", "top1_of_predictions"]
+THRESHOLDS = ["top1", "top1_drop", "size_bytes", "zst_bytes", "latency_ratio", "latency_ms"]
 FACED = ["champion", "champion_sha256", "top1_vs_champion", "rolled_back"]
 BY_COLUMN = ["top1_by_label", "regression_by_label", "top1_by_device", "regression_by_device"]
 MET = ["golden_difference", "golden_not_same_top1", "golden_not_repeatable"]
@@ -81,16 +82,17 @@ def evidence_of(predictions: bytes, **changes: Any) -> Evidence:
         "data_sha256": DATA,
         "predictions_sha256": files.sha256_of(predictions),
         "golden_sha256": GOLDEN,
+        "packed_sha256": PACKED,
         "champion": {"sha256": CHAMPION, "size_bytes": 1500, "latency_p50_ms": 3.0},
         "stages": {
             "finetune": {"top1": 0.91, "latency_p50_ms": 4.0},
-            "reduce": {"sha256": MODEL, "top1": top1, "size_bytes": 1000, "latency_p50_ms": 2.0},
+            "reduce": {"sha256": MODEL, "top1": top1, "size_bytes": 1000, "zst_bytes": 900, "latency_p50_ms": 2.0},
         },
     }
     champion = {"version": "v3", "model_sha256": CHAMPION, "withdrawn": ["9" * 64], "bootstrap": False}
     good = {"difference": 0.0, "same_top1": True, "repeatable": True}
     infra = {"batch-1": good, "huge": good | {"difference": 0.001}}
-    return Evidence(report, predictions, champion, GOLDEN, infra, JUDGED)._replace(**changes)
+    return Evidence(report, predictions, champion, GOLDEN, PACKED, infra, JUDGED)._replace(**changes)
 
 
 def full() -> Evidence:
@@ -184,6 +186,7 @@ def test_judging_leaves_the_evidence_as_it_was() -> None:
         ((*LAST, "top1"), 0.905, ["top1_of_predictions"]),
         ((*FIRST, "top1"), 0.9101, ["top1_drop"]),
         ((*LAST, "size_bytes"), 1001, ["size_bytes"]),
+        ((*LAST, "zst_bytes"), 901, ["zst_bytes"]),
         ((*LAST, "latency_p50_ms"), 2.001, ["latency_ratio", "latency_ms"]),
         ((*FIRST, "latency_p50_ms"), 3.999, ["latency_ratio"]),
         ((*LAST, "sha256"), "0" * 64, ["model_sha256"]),
@@ -191,6 +194,8 @@ def test_judging_leaves_the_evidence_as_it_was() -> None:
         (("report", "predictions_sha256"), MODEL, ["predictions_sha256"]),
         (("report", "golden_sha256"), MODEL, ["golden_sha256"]),
         (("golden_sha256",), MODEL, ["golden_sha256"]),
+        (("report", "packed_sha256"), MODEL, ["packed_sha256"]),
+        (("packed_sha256",), MODEL, ["packed_sha256"]),
         (("judged",), JUDGED._replace(model_sha256=DATA), ["model_sha256"]),
         (("judged",), JUDGED._replace(data_sha256=MODEL), ["data_sha256"]),
         (("judged",), JUDGED._replace(model_sha256="9" * 64), ["model_sha256", "rolled_back"]),
@@ -233,6 +238,7 @@ USELESS: list[Any] = [None, float("nan"), float("inf"), float("-inf"), True, Fal
         ((*LAST, "sha256"), ["model_sha256"]),
         ((*LAST, "top1"), ["top1_of_predictions", "top1", "top1_drop"]),
         ((*LAST, "size_bytes"), ["size_bytes"]),
+        ((*LAST, "zst_bytes"), ["zst_bytes"]),
         ((*LAST, "latency_p50_ms"), ["latency_ratio", "latency_ms"]),
         (FIRST, ["top1_drop", "latency_ratio"]),
         ((*FIRST, "top1"), ["top1_drop"]),
@@ -240,6 +246,7 @@ USELESS: list[Any] = [None, float("nan"), float("inf"), float("-inf"), True, Fal
         (("report", "data_sha256"), ["data_sha256"]),
         (("report", "predictions_sha256"), ["predictions_sha256"]),
         (("report", "golden_sha256"), ["golden_sha256"]),
+        (("report", "packed_sha256"), ["packed_sha256"]),
         (("report", "champion"), ["champion_sha256"]),
         (("report", "champion", "sha256"), ["champion_sha256"]),
         (("champion",), FACED),
@@ -278,11 +285,13 @@ def test_a_version_is_a_string(value: Any) -> None:
     [
         ((*LAST, "top1"), ["top1_of_predictions", "top1", "top1_drop"]),
         ((*LAST, "size_bytes"), ["size_bytes"]),
+        ((*LAST, "zst_bytes"), ["zst_bytes"]),
         ((*LAST, "sha256"), ["model_sha256"]),
         ((*FIRST, "latency_p50_ms"), ["latency_ratio"]),
         (("report", "data_sha256"), ["data_sha256"]),
         (("report", "predictions_sha256"), ["predictions_sha256"]),
         (("report", "golden_sha256"), ["golden_sha256"]),
+        (("report", "packed_sha256"), ["packed_sha256"]),
         (("report", "champion"), ["champion_sha256"]),
         (("champion", "version"), ["champion", "top1_vs_champion"]),
         (("champion", "model_sha256"), ["champion_sha256"]),
@@ -302,7 +311,7 @@ def test_a_report_that_is_none_is_refused(content: Any) -> None:
 
 
 def test_nothing_at_all_is_refused() -> None:
-    nothing = Evidence(None, b"", None, "", None, JUDGED)
+    nothing = Evidence(None, b"", None, "", "", None, JUDGED)
     assert failed(nothing) == [*SAME, *THRESHOLDS, *FACED, "top1_by_label", "top1_by_device", *MET]
 
 
@@ -342,9 +351,10 @@ def test_a_better_model_has_a_drop_below_zero() -> None:
 def test_a_limit_of_null_is_left_out() -> None:
     given = with_value(1e6, *LAST, "latency_p50_ms", given=with_value(1e9, *FIRST, "latency_p50_ms"))
     assert failed(given) == ["latency_ms"]
-    verdict = judged(given, max_latency_ms=None)
+    verdict = judged(given, max_latency_ms=None, max_zst_bytes=None)
     assert verdict["passed"]
-    assert [check["name"] for check in verdict["checks"]] == [name for name in CHECKS if name != "latency_ms"]
+    left_out = {"latency_ms", "zst_bytes"}
+    assert [check["name"] for check in verdict["checks"]] == [name for name in CHECKS if name not in left_out]
 
 
 def test_the_sentence_names_what_was_and_what_must_be() -> None:
@@ -680,6 +690,9 @@ def prepared(repository: Repository, shipped: Path, **limits: Any) -> dict[str, 
     content["stages"]["reduce"]["sha256"] = files.sha256(model)
     content["data_sha256"] = files.sha256(data)
     content["golden_sha256"] = files.sha256(reports / "golden.npz")
+    packed = model.with_name("model.onnx.zst")
+    packed.write_bytes(files.packed(shipped.read_bytes()))
+    content["packed_sha256"] = files.sha256(packed)
     repository.report("benchmark").write_text(json.dumps(content))
     (repository.root / "data/champion").mkdir()
     (repository.root / "data/champion/champion.json").write_text(json.dumps(full().champion))
@@ -765,7 +778,10 @@ def test_evidence_that_cannot_be_read_is_an_error(
     assert not repository.report("gate").exists()
 
 
-@pytest.mark.parametrize("name", ["reports/predictions.csv", "reports/golden.npz", "models/reduce/model.onnx"])
+@pytest.mark.parametrize(
+    "name",
+    ["reports/predictions.csv", "reports/golden.npz", "models/reduce/model.onnx", "models/reduce/model.onnx.zst"],
+)
 def test_a_file_that_is_missing_is_an_error(repository: Repository, shipped: Path, name: str) -> None:
     prepared(repository, shipped)
     (repository.root / "data" / name).unlink()
@@ -781,4 +797,4 @@ def test_the_evidence_is_what_lies_here(repository: Repository, shipped: Path, m
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     found = evidence(config.load().benchmark)
     assert (found.report, found.predictions, found.champion) == (content, text(table()), full().champion)
-    assert found.golden_sha256 == content["golden_sha256"]
+    assert (found.golden_sha256, found.packed_sha256) == (content["golden_sha256"], content["packed_sha256"])

@@ -15,7 +15,7 @@ from conftest import CALIBRATION, CLASSES, MASKED, ROOT, Network, Repository, pn
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from tasks.core import dataset, graph, session
+from tasks.core import dataset, files, graph, session
 from tasks.core.errors import StageError
 from tasks.quantize import BATCH, Reader, calibration_images, check_scales, float_layers, quantize
 
@@ -278,6 +278,23 @@ def test_the_stage_leaves_the_model_and_its_numbers(repository: Repository, netw
     val = np.stack([dataset.tensor(png(seed), network.preprocessing) for seed in range(200, 220)])
     right = session.logits(ready, val).argmax(1) == np.arange(20) % len(CLASSES)
     assert report == {"val_top1": right.mean(), "calibration_images": 64, "float32": [], "float_layers": 0}
+
+
+def test_the_stage_shares_codes_where_it_is_asked_to(repository: Repository, networks: Networks) -> None:
+    prepared(repository, networks("lenet-5").path)
+    sizes = {}
+    for levels in (None, 8):
+        repository.params(quantize={"calibration_images": 64, "codebook": levels})
+        done = repository.run("quantize")
+        assert (done.returncode, done.stderr) == (0, "")
+        sizes[levels] = len(files.packed(repository.model("quantize").read_bytes()))
+        model = onnx.load(repository.model("quantize"))
+        constants = graph.Constants(model)
+        weights = [constants.read(node.input[1]) for node in model.graph.node if node.op_type in graph.WEIGHTED]
+        counts = [len(np.unique(codes[codes != 0])) for codes in weights if codes is not None]
+        assert len(counts) == 4
+        assert max(counts) > 8 if levels is None else max(counts) == 8
+    assert sizes[8] < 0.6 * sizes[None]
 
 
 def test_the_stage_leaves_in_float_what_the_plan_says(repository: Repository, networks: Networks) -> None:

@@ -13,7 +13,7 @@ import pytest
 from conftest import CALIBRATION, CLASSES, MASKED, Network, Repository, png, write_split
 from onnx import helper, numpy_helper
 
-from tasks.core import dataset, graph, session
+from tasks.core import dataset, files, graph, session
 from tasks.core.dataset import Preprocessing
 from tasks.core.errors import StageError
 from tasks.core.export import describe
@@ -651,6 +651,7 @@ def test_the_stage_leaves_the_model_and_its_proof(
     target = repository.model("reduce")
     assert report["bit_identical_images"] == len(images)
     assert report["size_bytes_before"] == source.stat().st_size
+    assert files.unpacked(target.with_name("model.onnx.zst")) == target.read_bytes()
     assert report["size_bytes_after"] == target.stat().st_size < source.stat().st_size
     assert [row["weight_after"][0] for row in report["layers"]] == [10, 24, 250, 4]
     assert onnx.load(target) == reduce(networks("lenet-5").quantized)[0]

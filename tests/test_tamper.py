@@ -404,7 +404,7 @@ case(
     talk_round(lambda content: content["stages"]["reduce"].update({"top1": 0.99}), "benchmark"),
     "verdict.json",
     "refusal",
-    "checks[4]",
+    "checks[5]",
 )
 
 
@@ -423,7 +423,7 @@ inside(
     SECOND,
     carried("verdict.json", lambda content: content["checks"][6].update({"value": -0.5})),
     "verdict.json",
-    "checks[6].value",
+    "checks[7].value",
 )
 inside(
     "verdict-slices",

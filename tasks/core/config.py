@@ -185,6 +185,9 @@ class Quantize(Section):
 
     calibration_images: Annotated[int, Field(ge=32)]
     percentile: Annotated[float, Field(gt=50, le=100)] = Field(description="share of activations inside the range")
+    codebook: Annotated[int, Field(ge=2, le=127)] | None = Field(
+        None, description="so many nonzero codes in each weight tensor, which then packs better; null: all of int8"
+    )
     reduce_range: bool = Field(False, description="7-bit weights, for x86 CPUs with AVX2 but no VNNI")
 
 
@@ -237,6 +240,7 @@ class Gate(Section):
     min_top1: Fraction
     max_top1_drop: Fraction = Field(description="against the fine-tuned model")
     max_size_bytes: Count
+    max_zst_bytes: Count | None = Field(None, description="of the file packed by Zstandard, as a device may fetch it")
     max_latency_ratio: Positive = Field(description="p50 over that of the fine-tuned fp32 model")
     max_latency_ms: Positive | None = Field(None, description="p50 at batch 1")
     max_golden_difference: Annotated[float, Field(ge=0)] = Field(

@@ -98,6 +98,23 @@ def read_json(path: Path) -> Any:
         raise WeighinError(f"{path} is not JSON ({error}); run the stage that writes it again") from None
 
 
+def packed(data: bytes) -> bytes:
+    """The bytes as one frame of Zstandard (RFC 8878), as small as its level 19 makes them."""
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=19).compress(data)
+
+
+def unpacked(path: Path) -> bytes:
+    """What a file of `packed` bytes holds; `WeighinError` if it is not one."""
+    import zstandard
+
+    try:
+        return zstandard.ZstdDecompressor().decompress(path.read_bytes())
+    except zstandard.ZstdError as error:
+        raise WeighinError(f"{path} does not unpack as Zstandard ({error}): run the stage that writes it") from None
+
+
 def sha256(path: Path) -> str:
     """The file's SHA-256, 64 hexadecimal digits; read in pieces, so memory does not grow with the file."""
     with path.open("rb") as file:
