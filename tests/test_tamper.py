@@ -421,7 +421,7 @@ inside("verdict-talked-down", LAST, carried("verdict.json", talked_down), "verdi
 inside(
     "verdict-value",
     SECOND,
-    carried("verdict.json", lambda content: content["checks"][6].update({"value": -0.5})),
+    carried("verdict.json", lambda content: content["checks"][7].update({"value": -0.5})),
     "verdict.json",
     "checks[7].value",
 )
