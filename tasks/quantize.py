@@ -128,14 +128,41 @@ def quiet() -> Iterator[None]:
         logging.disable(previous)
 
 
+def trained(quantized: onnx.ModelProto, params: config.Qat) -> list[dict[str, float]]:
+    """Train the quantized network in place, with the pruned one as its teacher; returns the history."""
+    from tasks.core import backbone, qat, training  # torch, which nothing else here needs
+
+    teacher, spec = backbone.load(paths.weights("prune"), paths.spec("prune"))
+    training.make_deterministic(params.training.seed)
+    checkpoint = training.checkpoint_path(
+        "quantize", paths.TRAIN, paths.VAL, paths.onnx("prune"), params=params, spec=spec
+    )
+    images, held_out = (training.Images(split, spec.preprocessing, spec.classes) for split in (paths.TRAIN, paths.VAL))
+    floats = graph.initializers(onnx.load(paths.onnx("prune")))
+    history = qat.train(quantized, floats, teacher, params, images, held_out, checkpoint)
+    training.forget("quantize")
+    return history
+
+
 def main() -> None:
     params = config.load().quantize
     source = paths.onnx("prune")
     preprocessing, classes = session.description(session.open_session(source, threads=1))
+
+    def val_top1(model: Path | bytes) -> float:
+        ready = session.open_session(model, threads=1)
+        return session.top1(ready, dataset.batches(paths.VAL, preprocessing, classes, BATCH))
+
     images = calibration_images(paths.TRAIN, classes, params.calibration_images)
     print(f"calibrating on {len(images)} images", flush=True)
     float32 = files.read_json(paths.PLAN)["float32"]
     quantized = quantize(source, images, preprocessing, params, float32)
+    history: list[dict[str, float]] = []
+    if params.qat:
+        before, after = val_top1(source), val_top1(quantized.SerializeToString())
+        print(f"val top-1 {before:.2%}, calibrated {after:.2%}", flush=True)
+        if before - after > params.qat.max_top1_drop:
+            history = trained(quantized, params.qat)
     if params.codebook:
         codebook.apply(quantized, params.codebook)
     with files.replacing(paths.onnx("quantize")) as (temporary,):
@@ -148,12 +175,12 @@ def main() -> None:
         print(f"faster in float32 on the device, and left so: {', '.join(float32)}")
     if left:
         print(f"matrix products that stay in float: {', '.join(left)}")
-    ready = session.open_session(paths.onnx("quantize"), threads=1)
     metrics: dict[str, Any] = {
-        "val_top1": session.top1(ready, dataset.batches(paths.VAL, preprocessing, classes, BATCH)),
+        "val_top1": val_top1(paths.onnx("quantize")),
         "calibration_images": len(images),
         "float32": float32,
         "float_layers": len(left),
+        "qat": history,
     }
     files.write_json(paths.report("quantize"), metrics)
     print(f"quantize: val top-1 {metrics['val_top1']:.2%}, calibrated on {len(images)} training images")

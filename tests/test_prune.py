@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from tasks import prune, quantize, reduce
-from tasks.core import allocation, backbone, config, dataset, importance, masks, training
+from tasks.core import allocation, backbone, config, dataset, distillation, importance, masks, training
 from tasks.core.backbone import Spec
 from tasks.core.errors import StageError
 from tasks.core.export import export
@@ -348,8 +348,8 @@ def test_distance_is_the_divergence_of_softened_answers() -> None:
     student, target = torch.randn(5, 10), torch.randn(5, 10)
     p, q = (target / 3).softmax(1), (student / 3).softmax(1)
     expected = 9 * (p * (p.log() - q.log())).sum(1).mean()
-    torch.testing.assert_close(prune.distance(student, target, 3.0), expected)
-    assert float(prune.distance(target, target, 3.0)) == 0
+    torch.testing.assert_close(distillation.distance(student, target, 3.0), expected)
+    assert float(distillation.distance(target, target, 3.0)) == 0
 
 
 def test_zeros_hold_after_every_step_of_recovery(repository: Path, tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_zeros_hold_after_every_step_of_recovery(repository: Path, tmp_path: Pat
         for name in ("train", "val")
     )
     params = config.Recovery.model_validate(RECOVERY)
-    prune.recover(slim, net, params, train, val, checkpoint=tmp_path / "checkpoint.pt", after_step=check)
+    distillation.distill(slim, net, params, train, val, checkpoint=tmp_path / "checkpoint.pt", after_step=check)
     assert next(steps) == 3 * (600 // 32)
 
 
@@ -413,7 +413,7 @@ def test_recovery_brings_accuracy_back_under_the_masks(repository: Path, tmp_pat
 def test_answers_are_known_before_for_each_image_as_it_is_and_mirrored(flip: float, repository: Path) -> None:
     net, spec = teacher(repository)
     images = training.Images(repository / "data/prepared/val.parquet", spec.preprocessing, CLASSES)
-    targets, seen = prune.answers(net.eval(), images), prune.Mirrored(images, flip)
+    targets, seen = distillation.answers(net.eval(), images), distillation.Mirrored(images, flip)
     rows = []
     for index in range(len(seen)):
         image, row = seen[index]
@@ -425,8 +425,8 @@ def test_answers_are_known_before_for_each_image_as_it_is_and_mirrored(flip: flo
     params = config.Recovery.model_validate(RECOVERY)
     batch, labels = torch.stack([images[index][0] for index in range(8)]), torch.tensor(images.labels[:8])
     logits = torch.rand(8, 10)
-    known = prune.answered(targets, torch.tensor(images.labels), params)(batch, logits, torch.arange(8))
-    assert torch.allclose(known, prune.taught(net, params)(batch, logits, labels))
+    known = distillation.answered(targets, torch.tensor(images.labels), params)(batch, logits, torch.arange(8))
+    assert torch.allclose(known, distillation.taught(net, params)(batch, logits, labels))
 
 
 @pytest.mark.parametrize("crop_scale", [1.0, 0.9], ids=["with answers known before", "with the teacher beside"])
@@ -443,7 +443,7 @@ def test_the_teacher_teaches(crop_scale: float, repository: Path, tmp_path: Path
         student = backbone.create("mlp", 10, spec.preprocessing)
         schedule = RECOVERY["training"] | {"epochs": 5, "augment": {"crop_scale": crop_scale, "flip": 0.0}}  # type: ignore[operator]
         params = config.Recovery.model_validate(RECOVERY | {"teacher_share": 1.0, "training": schedule})
-        prune.recover(student, master, params, train, val, checkpoint=tmp_path / f"{name}.pt")
+        distillation.distill(student, master, params, train, val, checkpoint=tmp_path / f"{name}.pt")
         top1[name] = training.evaluate(student, val)[0]
     assert top1["good"] > 0.8
     assert top1["bad"] < 0.5

@@ -180,6 +180,12 @@ class Prune(Section):
     recovery: Recovery | None = Field(None, description="retraining under the masks")
 
 
+class Qat(Recovery):
+    """Quantization-aware training, where calibration alone costs too much."""
+
+    max_top1_drop: Fraction = Field(description="on val: what calibration may cost before the int8 model is trained")
+
+
 class Quantize(Section):
     """int8 from calibration on training images."""
 
@@ -188,6 +194,7 @@ class Quantize(Section):
     codebook: Annotated[int, Field(ge=2, le=127)] | None = Field(
         None, description="so many nonzero codes in each weight tensor, which then packs better; null: all of int8"
     )
+    qat: Qat | None = Field(None, description="training on the int8 grid, with the pruned network as the teacher")
     reduce_range: bool = Field(False, description="7-bit weights, for x86 CPUs with AVX2 but no VNNI")
 
 

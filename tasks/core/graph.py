@@ -177,7 +177,7 @@ def in_float(quantized: onnx.ModelProto) -> onnx.ModelProto:
         node.input[:] = [sources.get(name, name) for name in node.input]
         result = node.output[0]
         if result in constants.dequantized:
-            model.graph.initializer.append(numpy_helper.from_array(_meaning(node, constants), result))
+            model.graph.initializer.append(numpy_helper.from_array(meaning(node, constants), result))
         elif node.op_type == "QuantizeLinear" and (top := _top(node, constants)) is not None:
             bounds = {f"{result}.low": np.zeros((), np.float32), f"{result}.high": top}
             model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in bounds.items())
@@ -193,7 +193,8 @@ def in_float(quantized: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _meaning(dequantizer: onnx.NodeProto, constants: Constants) -> npt.NDArray[np.float32]:
+def meaning(dequantizer: onnx.NodeProto, constants: Constants) -> npt.NDArray[np.float32]:
+    """The float32 values of a constant that is stored in integers."""
     values: Any = constants.read(dequantizer.output[0])
     scale = numpy_helper.to_array(constants.tensors[dequantizer.input[1]])
     shape = [-1 if axis == _axis(dequantizer, values.ndim) else 1 for axis in range(values.ndim)] if scale.ndim else []

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tasks import ingest, prune, quantize, reduce
-from tasks.core import backbone, codebook, config, dataset, files, graph, masks, paths, session, training
+from tasks.core import backbone, codebook, config, dataset, distillation, files, graph, masks, paths, session, training
 from tasks.core.errors import StageError
 from tasks.core.export import export
 
@@ -219,7 +219,7 @@ def compress(teacher: nn.Module, recipe: Recipe, seed: int, train: Pixels, val: 
     def recover(name: str, epochs: int, learning_rate: float) -> None:
         params = config.Recovery(temperature=2.0, teacher_share=0.9, training=schedule(epochs, learning_rate, seed))
         hold = masks.hold_zeros(slim, head)
-        loss = prune.taught(teacher.eval(), params)
+        loss = distillation.taught(teacher.eval(), params)
         training.fit(slim, train, val, loss, params.training, checkpoint=checkpoints / name, after_step=hold)  # type: ignore[arg-type]
 
     removed: masks.Removed = {}

@@ -1,0 +1,216 @@
+"""qat: PyTorch runs the file as ONNX Runtime does, training brings top-1 back, and zeros and scales stay."""
+
+import copy
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import CALIBRATION, CLASSES, MASKED, Network, Repository
+from onnx import helper, numpy_helper
+from PIL import Image
+from sklearn.datasets import load_digits
+from test_reduce import assert_same_bits, shapes
+
+from tasks.core import backbone, config, files, graph, masks, paths, qat, session, training
+from tasks.core.backbone import Spec
+from tasks.core.errors import StageError
+from tasks.core.export import export
+from tasks.quantize import quantize
+from tasks.reduce import reduce
+
+SCHEDULE = {
+    "epochs": 6,
+    "batch_size": 16,
+    "optimizer": "adamw",
+    "learning_rate": 0.001,
+    "weight_decay": 0.0,
+    "schedule": "one-cycle",
+    "label_smoothing": 0.0,
+    "augment": {"crop_scale": 1.0, "flip": 0.0},
+    "seed": 0,
+}
+QAT = {"max_top1_drop": 0.0, "temperature": 1.0, "teacher_share": 1.0, "training": SCHEDULE}
+NARROW = CALIBRATION.model_copy(update={"percentile": 55.0})  # ranges so narrow that calibration alone costs much
+
+
+def zeros(model: onnx.ModelProto) -> dict[str, set[int]]:
+    """Where each integer constant is zero."""
+    constants = graph.Constants(model)
+    values = {name: constants.read(name) for name in constants.dequantized}
+    return {name: set(np.flatnonzero(codes == 0).tolist()) for name, codes in values.items() if codes is not None}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_pytorch_answers_as_onnx_runtime_does(name: str, networks: Callable[[str], Network]) -> None:
+    network = networks(name)
+    net = qat.Network(network.quantized, graph.initializers(onnx.load(network.path)))
+    images = torch.randn(8, *network.preprocessing.shape)
+    with torch.inference_mode():
+        found = net.eval()(images).numpy()
+    expected = session.logits(session.open_session(network.quantized.SerializeToString(), 1), images.numpy())
+    assert np.abs(found - expected).mean() < 0.02 * expected.std()
+    same = onnx.ModelProto()
+    same.CopyFrom(network.quantized)
+    net.write(same)
+    again = session.logits(session.open_session(same.SerializeToString(), 1), images.numpy())
+    assert np.abs(again - expected).mean() < 0.02 * expected.std()  # codes at a rounding's edge may differ by one
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_whatever_training_leaves_is_reduced_without_changing_a_bit(
+    name: str, networks: Callable[[str], Network]
+) -> None:
+    """Weights far from where they began stand for any training; what was zero is zero still."""
+    network = networks(name)
+    net = qat.Network(network.quantized, graph.initializers(onnx.load(network.path)))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for values in net.parameters():
+            values.add_(torch.randn_like(values) * values.std() / 2)
+    trained = onnx.ModelProto()
+    trained.CopyFrom(network.quantized)
+    net.write(trained)
+    reduced, _ = reduce(trained)
+    assert sorted(shapes(reduced)) == sorted(network.slim.values())
+    assert_same_bits(trained, reduced)
+
+
+class Case:
+    """An mlp that knows four digits, with a quarter of its units dead; and its int8, of ranges that are too narrow."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.path = root, paths.onnx("prune")
+        preprocessing = backbone.preprocessing("mlp", 8)
+        self.spec = Spec(backbone="mlp", classes=CLASSES, preprocessing=preprocessing, weights={"source": "none"})
+        digits = load_digits(n_class=len(CLASSES))
+        for name, rows in {"train": slice(0, 512), "val": slice(512, None)}.items():
+            self.write(name, digits.images[rows], digits.target[rows])
+        training.make_deterministic(0)
+        self.teacher = backbone.create("mlp", len(CLASSES), preprocessing)
+        with torch.no_grad():
+            for name in ("1.weight", "1.bias"):
+                self.teacher.get_parameter(name)[:32] = 0
+        schedule = config.Training.model_validate(SCHEDULE | {"learning_rate": 0.01})
+        hold = masks.hold_zeros(self.teacher, backbone.head(self.teacher))
+        loss, checkpoint = training.cross_entropy(0.0), root / "teacher.pt"
+        images = [self.images(name) for name in ("train", "val")]
+        training.fit(self.teacher, *images, loss, schedule, checkpoint=checkpoint, after_step=hold)
+        export(self.teacher, self.spec, root / self.path)
+
+    def write(self, name: str, images: Any, codes: Any) -> None:
+        content = []
+        for pixels in images:
+            stream = io.BytesIO()
+            Image.fromarray((pixels * 15).astype(np.uint8)).save(stream, "PNG")
+            content.append(stream.getvalue())
+        self.split(name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"image": content, "label": [CLASSES[code] for code in codes]}), self.split(name))
+
+    def split(self, name: str) -> Path:
+        return self.root / "data/prepared" / f"{name}.parquet"
+
+    def images(self, name: str) -> training.Images:
+        return training.Images(self.split(name), self.spec.preprocessing, CLASSES)
+
+    def tensors(self, name: str) -> torch.Tensor:
+        images = self.images(name)
+        return torch.stack([images[index][0] for index in range(len(images))])
+
+    def quantized(self) -> onnx.ModelProto:
+        return quantize(self.root / self.path, self.images("train").images[:64], self.spec.preprocessing, NARROW)
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return Case(tmp_path)
+
+
+def top1(case: Case, model: onnx.ModelProto) -> float:
+    """In ONNX Runtime, on images that training has not seen."""
+    logits = session.logits(session.open_session(model.SerializeToString(), 1), case.tensors("val").numpy())
+    return float((logits.argmax(1) == np.asarray(case.images("val").labels)).mean())
+
+
+def test_training_brings_top1_back_and_zeros_and_scales_stay(case: Case) -> None:
+    calibrated = case.quantized()
+    trained = copy.deepcopy(calibrated)
+    floats = graph.initializers(onnx.load(case.root / case.path))
+    history = qat.train(
+        trained,
+        floats,
+        case.teacher,
+        config.Qat.model_validate(QAT),
+        case.images("train"),
+        case.images("val"),
+        case.root / "checkpoint.pt",
+    )
+    assert len(history) == SCHEDULE["epochs"]
+    assert top1(case, trained) > top1(case, calibrated) + 0.05
+    assert top1(case, trained) == pytest.approx(max(row["val_top1"] for row in history), abs=0.01)
+    before, after = zeros(calibrated), zeros(trained)
+    dead = {name for name, places in before.items() if len(places) > 32}
+    assert dead
+    for name in dead:
+        assert len(after[name] & before[name]) >= 0.9 * len(before[name])
+    codes = {tensor.name for tensor in trained.graph.initializer if tensor.data_type != onnx.TensorProto.FLOAT}
+    same, others = (graph.initializers(model) for model in (calibrated, trained))
+    assert {name for name in same if same[name] != others[name]} <= codes
+    reduced, _ = reduce(trained)
+    images = np.random.default_rng(0).normal(size=(16, 1, 8, 8)).astype(np.float32)
+    first, second = (session.logits(session.open_session(m.SerializeToString(), 1), images) for m in (trained, reduced))
+    assert first.tobytes() == second.tobytes()
+    assert reduced.ByteSize() < 0.85 * trained.ByteSize()
+
+
+def test_an_operator_that_is_not_known_is_told(case: Case) -> None:
+    model = case.quantized()
+    model.graph.node.append(helper.make_node("Softplus", ["logits"], ["soft"]))
+    with pytest.raises(StageError, match=r"quantize\.qat cannot train a network with Softplus: leave qat out"):
+        qat.Network(model, {})
+
+
+def test_a_network_that_pytorch_runs_otherwise_is_refused(case: Case) -> None:
+    model = case.quantized()
+    floats = graph.initializers(onnx.load(case.root / case.path))
+    name = next(name for name, tensor in floats.items() if len(tensor.dims) == 2)
+    floats[name] = numpy_helper.from_array(-numpy_helper.to_array(floats[name]), name)
+    with pytest.raises(StageError, match="PyTorch runs it otherwise than ONNX Runtime"):
+        qat.train(
+            model,
+            floats,
+            case.teacher,
+            config.Qat.model_validate(QAT),
+            case.images("train"),
+            case.images("val"),
+            case.root / "checkpoint.pt",
+        )
+
+
+@pytest.mark.parametrize("allowed", [0.0, 1.0])
+def test_the_stage_trains_where_calibration_costs_too_much(repository: Repository, allowed: float) -> None:
+    case = Case(repository.root)
+    backbone.save(
+        case.teacher, case.spec, repository.root / paths.weights("prune"), repository.root / paths.spec("prune")
+    )
+    files.write_json(repository.root / paths.PLAN, {"float32": []})
+    repository.params(quantize={"calibration_images": 64, "percentile": 55.0, "qat": QAT | {"max_top1_drop": allowed}})
+    done = repository.run("quantize")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(repository.report("quantize").read_text())
+    told = next(line for line in done.stdout.splitlines() if "calibrated" in line and "val top-1" in line)
+    calibrated = float(told.split("calibrated ")[1].rstrip("%")) / 100
+    if allowed == 1.0:
+        assert report["qat"] == []
+        assert report["val_top1"] == pytest.approx(calibrated, abs=1e-4)
+    else:
+        assert len(report["qat"]) == SCHEDULE["epochs"]
+        assert report["val_top1"] > calibrated
+    assert not list((repository.root / paths.CHECKPOINTS).glob("quantize*"))
