@@ -17,7 +17,7 @@ from conftest import CALIBRATION, CLASSES, MASKED, Network, Repository
 from onnx import helper, numpy_helper
 from PIL import Image
 from sklearn.datasets import load_digits
-from test_reduce import assert_same_bits, shapes
+from test_reduce import answer, random_images, shapes
 
 from tasks.core import backbone, config, files, graph, masks, paths, qat, session, training
 from tasks.core.backbone import Spec
@@ -80,7 +80,16 @@ def test_whatever_training_leaves_is_reduced_without_changing_a_bit(
     net.write(trained)
     reduced, _ = reduce(trained)
     assert sorted(shapes(reduced)) == sorted(network.slim.values())
-    assert_same_bits(trained, reduced)
+    images = random_images(trained, count=64)
+    for threads in (1, 2):
+        expected, found = (answer(model, images, threads) for model in (trained, reduced))
+        assert expected.std() > 0
+        assert expected.tobytes() == found.tobytes(), f"{threads=}"
+    # Without its optimizations ONNX Runtime computes in float32, where a sum over fewer inputs is split elsewhere: its
+    # last bit may differ, and then what is rounded by a step.
+    expected, found = (answer(model, images, optimized=False) for model in (trained, reduced))
+    assert (expected != found).any(axis=1).mean() <= 0.1
+    assert (expected.argmax(1) == found.argmax(1)).mean() >= 0.98
 
 
 class Case:
