@@ -54,3 +54,10 @@ def show_gate(sentence: str) -> None:
         where = "" if one["where"] is None else one["where"]
         lines.append(f"| {one['name']} | {where} | {one['value']} | {one['operator']} | {one['limit']} | {passed} |")
     create_markdown_artifact("\n".join([f"**{sentence}**", "", *lines]), key="gate", description=sentence)
+
+
+def show_front(found: dict[str, Any]) -> None:
+    """The Pareto front of a search."""
+    rows = [row | {"compress": str(row["compress"])} for row in found["front"]]
+    description = f"the Pareto front of {len(found['trials'])} trials, study {found['study']}"
+    create_table_artifact(rows, key="front", description=description)

@@ -77,6 +77,40 @@ def run(
 
 
 @app.command()
+def search(
+    trials: Annotated[int, typer.Option(min=0, help="How many budgets to try, beside those tried before.")] = 20,
+    params: ParamsFile = paths.PARAMS,
+    dask: Annotated[
+        str | None, typer.Option(help="Scheduler of a Dask cluster; each worker runs a trial.", metavar="ADDRESS")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search the budgets worth having: the Pareto front of bytes, milliseconds and top-1 on val.
+
+    Each trial is a budget for `compress`, from the least that can be left of the backbone to all of it. It reuses the
+    fine-tuned weights and what is in DVC's cache, in a folder of its own. The next call goes on with the same study as
+    long as data, weights, code and parameters of the trials are the same. Dask's workers run in this folder where they
+    see it, or in clones to which `dvc fetch` brought the data; PREFECT_API_URL has to reach one server.
+
+    Exit status: **0** there is a front, **1** failed, **2** wrong usage or parameters.
+
+    Examples: `weighin search --trials 30`, or `weighin search --dask tcp://10.0.0.5:8786`
+    """
+    with _sentences():
+        chosen = _in_repository(params)
+        config.load(chosen)
+        from flows import search as searching
+        from flows.schedule import require_server
+
+        require_server()
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # a closed terminal cancels
+        found = searching.over(dask, str(chosen), trials) if dask is not None else searching.search(str(chosen), trials)
+        from flows import display
+
+        _print(found, as_json, display.front)
+
+
+@app.command()
 def status(
     model: Model = None,
     as_json: AsJson = False,
@@ -341,7 +375,7 @@ def _sentences() -> Iterator[None]:
     except OSError as error:
         sentence, code = f"{error.filename or 'input or output'}: {error.strerror or error}", FAILED
     except KeyboardInterrupt:
-        sentence, code = "interrupted: the next `weighin run` goes on from here", FAILED
+        sentence, code = "interrupted: the same command goes on from here", FAILED
     else:
         return
     print(f"error: {sentence}", file=sys.stderr)

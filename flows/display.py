@@ -41,6 +41,32 @@ def _outcome(decision: dict[str, Any]) -> str:
     return f"decision: [{colour}]{decision['outcome']}[/{colour}] {what}{known}"
 
 
+def front(content: dict[str, Any]) -> None:
+    """The Pareto front, and what to write into params.yaml for each of its models."""
+    from flows.front import FOLDER, line
+
+    table = Table("trial")
+    for column in ("bytes", "planned ms", "val top-1", "p50 ms here"):
+        table.add_column(column, justify="right")
+    for row in content["front"]:
+        p50 = row["p50_ms"]
+        table.add_row(
+            str(row["trial"]),
+            f"{row['size_bytes']:,}",
+            f"{row['latency_ms']:.4f}",
+            f"{row['val_top1']:.2%}",
+            "" if p50 is None else f"{p50:.4f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print("To have one of them, put its line into params.yaml; its stages are in DVC's cache already:")
+    for row in content["front"]:
+        console.print(f"  {line(row)}  # trial {row['trial']}", highlight=False, soft_wrap=True, markup=False)
+    console.print(
+        f"front: {len(content['front'])} of {len(content['trials'])} trials, in {FOLDER}/front.png", highlight=False
+    )
+
+
 def status(content: dict[str, Any]) -> None:
 
     console = Console()

@@ -55,10 +55,10 @@ def stage(name: str) -> Callable[[], Any]:
 
 
 @contextmanager
-def exclusive(say: Callable[[str], None]) -> Iterator[None]:
+def exclusive(say: Callable[[str], None], lock: Path = LOCK) -> Iterator[None]:
     """One run at a time in a working copy; waits for the other one, and says so."""
-    LOCK.parent.mkdir(parents=True, exist_ok=True)
-    with LOCK.open("a+") as file:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -128,7 +128,7 @@ def run(name: str, say: Callable[[str], None]) -> bool:
     said = False
     while True:
         try:
-            status, lines = _reproduce(name, say)
+            status, lines = dvc(["repro", "--single-item", name], say)
         except BaseException:  # Ctrl-C and cancellation too; it goes on rising
             restore(name, say)
             raise
@@ -136,17 +136,27 @@ def run(name: str, say: Callable[[str], None]) -> bool:
             return any(CACHED in line for line in lines)
         if not any(busy in line for line in lines for busy in BUSY):
             restore(name, say)
-            raise StageError(f"{name}: {_reason(lines)}")
+            raise StageError(f"{name}: {reason(lines)}")
         if not said:
             say("another DVC command is working on the same files: waiting for it to end")
         said = True
         time.sleep(BUSY_WAIT_S)
 
 
-def _reproduce(name: str, say: Callable[[str], None]) -> tuple[int, list[str]]:
+def dvc(
+    arguments: list[str],
+    say: Callable[[str], None],
+    folder: Path | None = None,
+    started: Callable[[subprocess.Popen[str]], None] = lambda _: None,
+) -> tuple[int, list[str]]:
+    """DVC's exit status and its lines, which are handed on one by one; it works in the folder, or here.
+
+    Whatever ends this early, `started` included, ends the whole process group.
+    """
     lines: list[str] = []
     process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro", "--single-item", name],
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -159,6 +169,7 @@ def _reproduce(name: str, say: Callable[[str], None]) -> tuple[int, list[str]]:
         },
     )
     try:
+        started(process)
         for line in process.stdout or ():
             lines.append(line.rstrip())
             if line.strip() and not line.strip().startswith(HINTS):
@@ -181,7 +192,7 @@ def end_group(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def _reason(lines: list[str]) -> str:
+def reason(lines: list[str]) -> str:
     """The sentence that a stage prints when it cannot go on, or else the last line that says anything."""
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return told[-1] if told else next((line for line in reversed(lines) if line.strip()), "it ended without a word")
