@@ -35,32 +35,33 @@ def write(found: dict[str, Any]) -> None:
 def picture(found: dict[str, Any], path: Path) -> None:
     """Bytes, top-1 and, as colour, milliseconds of every trial as PNG; those of the front have a ring and a number."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     latencies = [row["latency_ms"] for row in found["trials"]]
-    scale = {"cmap": "viridis", "vmin": min(latencies), "vmax": max(latencies)}
+    shades = {"cmap": "viridis", "vmin": min(latencies), "vmax": max(latencies)}
 
     def points(rows: list[dict[str, Any]], **style: Any) -> Any:
-        columns = [[row[name] for row in rows] for name in ("size_bytes", "val_top1", "latency_ms")]
-        return axes.scatter(columns[0], columns[1], c=columns[2], **scale, **style)
+        sizes, shares, times = ([row[name] for row in rows] for name in ("size_bytes", "val_top1", "latency_ms"))
+        return axes.scatter(sizes, shares, c=times, **shades, **style)
 
-    front = [row["trial"] for row in found["front"]]
-    points([row for row in found["trials"] if row["trial"] not in front], s=28, alpha=0.45, linewidths=0)
-    marked = points(found["front"], s=70, edgecolors="black", linewidths=1.2, zorder=3, label="Pareto front")
-    for row in found["front"]:
-        axes.annotate(
-            str(row["trial"]), (row["size_bytes"], row["val_top1"]), xytext=(6, 5), textcoords="offset points", size=8
-        )
+    front = found["front"]
+    numbers = {row["trial"] for row in front}
+    points([row for row in found["trials"] if row["trial"] not in numbers], s=30, alpha=0.4, linewidths=0)
+    ringed = points(front, s=75, edgecolors="black", linewidths=1.2, zorder=3, label="Pareto front, by trial")
+    for row in front:
+        place = (row["size_bytes"], row["val_top1"])
+        axes.annotate(str(row["trial"]), place, xytext=(0, 7), textcoords="offset points", ha="center", size=8)
     axes.axhline(found["finetune_val_top1"], color="grey", linestyle="--", linewidth=1, label="fine-tuned, fp32")
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e3:,g} kB"))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    axes.set_xlabel("bytes of the reduced model")
-    axes.set_ylabel("top-1 on val")
+    axes.margins(0.07)
+    axes.set(xlabel="reduced int8 model", ylabel="top-1 on val", title=f"{len(found['trials'])} budgets")
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right", frameon=False)
-    figure.colorbar(marked, label="planned ms at batch 1")
+    figure.colorbar(ringed, label="milliseconds at batch 1, by the device's table")
     figure.savefig(path, format="png")

@@ -11,22 +11,20 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture, as_completed
 from prefect.logging import get_run_logger
 from prefect.task_runners import ThreadPoolTaskRunner
 from ruamel.yaml import YAML
 
-from flows import artifacts, front, profile
+from flows import artifacts, front
 from flows.front import FOLDER
 from flows.retrain import accept_data, adopt, finetune, ingest, keep_short_what_users_can_mend, validate
 from flows.stage import exclusive
-from flows.trial import STAGES, Result, end, run, sweep
+from flows.trial import STAGES, Result, end, sweep, trial
 from tasks.core import allocation, config, costs, files, paths
 from tasks.core.errors import ParamsError, StageError
-from tasks.prune import MARGIN
 
 LOCK = Path(".dvc/tmp/weighin.search.lock")
 CODE = Path("tasks")
@@ -53,8 +51,8 @@ def search(params: str = str(paths.PARAMS), trials: int = 20, workers: int = 1) 
             content = snapshot()
         sweep(Path.cwd())
         chosen = config.read(content[str(paths.PARAMS)], paths.PARAMS)
-        within = bounds(chosen)
-        study = resume(content, within)
+        study = resume(content, chosen)
+        within: Bounds = study.user_attrs["within"]
         say(f"study {study.study_name}: {spoken(within)}; prune.blocks and prune.channels are not looked at")
         explore(study, content, within, trials, workers)
         found = front.measured(results(study), FOLDER / study.study_name, chosen.benchmark)
@@ -66,11 +64,15 @@ def search(params: str = str(paths.PARAMS), trials: int = 20, workers: int = 1) 
 def over(address: str, params: str, trials: int) -> dict[str, Any]:
     """The same search on the workers of a Dask cluster, one trial each at a time.
 
-    `ParamsError` if no scheduler answers there or it has no workers; `StageError` if workers are lost on the way.
+    `ParamsError` if no scheduler answers there, if it has no workers, or if there is no Prefect server that all of
+    them could reach; `StageError` if workers are lost on the way.
     """
     from distributed import Client, KilledWorker
+    from prefect.settings import PREFECT_API_URL
     from prefect_dask.task_runners import DaskTaskRunner
 
+    if not PREFECT_API_URL.value():
+        raise ParamsError("--dask needs a Prefect server that every worker can reach: set PREFECT_API_URL to one")
     try:
         with Client(address, timeout="10s", set_as_default=False) as client:  # type: ignore[no-untyped-call]
             workers = len(client.nthreads())
@@ -109,6 +111,9 @@ def bounds(params: config.Params) -> Bounds:
 
     A limit that makes none is left out. `StageError` if the device's table lacks the backbone, or nothing can go.
     """
+    from flows import profile  # brings torch, which Dask's workers and a study that goes on do without
+    from tasks.prune import MARGIN
+
     network, table = profile.network(params), costs.read(paths.DEVICE)
     least, whole = (
         allocation.allocate(network, limits, table).cost for limits in (allocation.NOTHING, allocation.ANYTHING)
@@ -123,8 +128,11 @@ def bounds(params: config.Params) -> Bounds:
     return found
 
 
-def resume(content: dict[str, bytes], within: Bounds) -> optuna.Study:
-    """The study of what these trials depend on; trials that were cut off have failed, and are tried again."""
+def resume(content: dict[str, bytes], params: config.Params) -> optuna.Study:
+    """The study of what these trials depend on, with the `bounds` in its attribute `within`.
+
+    Trials that were cut off have failed, and are tried again.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     FOLDER.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
@@ -133,6 +141,9 @@ def resume(content: dict[str, bytes], within: Bounds) -> optuna.Study:
         directions=["minimize", "minimize", "maximize"],
         load_if_exists=True,
     )
+    if "within" not in study.user_attrs:
+        study.set_user_attr("within", bounds(params))
+    within = study.user_attrs["within"]
     for cut in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(cut.number, state=TrialState.FAIL)
         if cut.params.keys() == within.keys():
@@ -173,13 +184,6 @@ def explore(study: optuna.Study, content: dict[str, bytes], within: Bounds, tria
         if client := getattr(runner, "client", None):
             client.run(end, name)
         raise
-
-
-@task(name="trial", task_run_name="trial {number}", cache_policy=NO_CACHE, persist_result=False)
-def trial(number: int, root: str, search: str, content: dict[str, bytes]) -> Result:
-    """See `flows.trial.run`."""
-    keep_short_what_users_can_mend()
-    return run(Path(root), search, content, get_run_logger().info)
 
 
 def ask(study: optuna.Study, within: Bounds) -> tuple[optuna.Trial, dict[str, float]]:

@@ -12,6 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+
+from flows.retrain import keep_short_what_users_can_mend
 from flows.stage import dvc, end_group, reason
 from tasks.core import files, paths
 from tasks.core.errors import StageError
@@ -32,6 +37,13 @@ class Result(NamedTuple):
     latency_ms: float
     val_top1: float
     model: bytes
+
+
+@task(name="trial", task_run_name="trial {number}", cache_policy=NO_CACHE, persist_result=False)
+def trial(number: int, root: str, search: str, content: dict[str, bytes]) -> Result:
+    """See `run`; the search is named by its flow run, and the trial by its number in the study."""
+    keep_short_what_users_can_mend()
+    return run(Path(root), search, content, get_run_logger().info)
 
 
 def run(root: Path, search: str, content: dict[str, bytes], say: Callable[[str], None]) -> Result:
