@@ -85,7 +85,7 @@ def test_help_teaches(command: list[str]) -> None:
         [str(Path(sys.executable).parent / "weighin"), *command, "--help"], capture_output=True, text=True, check=True
     )
     assert "Usage: weighin" in done.stdout
-    if command in (["run"], ["schedule"], ["approve"], ["rollback"], ["audit"], ["reproduce"], ["lineage"]):
+    if command in (["run"], ["schedule"], ["search"], ["approve"], ["rollback"], ["audit"], ["reproduce"], ["lineage"]):
         assert "Example" in done.stdout
 
 
