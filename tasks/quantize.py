@@ -13,13 +13,22 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    qdq_loss_debug,
+    quantize_static,
+)
+from onnxruntime.quantization.quant_utils import DEQUANT_OUTPUT_SUFFIX, QUANT_INPUT_SUFFIX
 
 from tasks.core import codebook, config, dataset, files, graph, paths, session
 from tasks.core.dataset import Preprocessing
 from tasks.core.errors import StageError, run
 
 BATCH = 32
+SEEN = 8  # images whose tensors are looked at, all at once
 QUANTIZED = ("Conv", "Gemm", "MatMul", "Add", "Clip", "Relu", "MaxPool", "AveragePool", "GlobalAveragePool", "Flatten")
 
 
@@ -95,7 +104,7 @@ def quantize(
 def layer(node: onnx.NodeProto) -> str:
     """The name of the layer in PyTorch whose weights the node reads, or an empty one."""
     weight = node.input[1] if node.op_type in graph.WEIGHTED else ""
-    return str(weight.removesuffix(".weight"))
+    return str(weight.removesuffix(DEQUANT_OUTPUT_SUFFIX).removesuffix(".weight"))
 
 
 def check_scales(model: onnx.ModelProto) -> None:
@@ -114,6 +123,35 @@ def float_layers(model: Path) -> list[str]:
     return [
         f"{node.op_type} of {node.input[1]}" for node in session.optimized(model).graph.node if node.op_type in heavy
     ]
+
+
+def sensitivities(
+    model: Path, quantized: onnx.ModelProto, images: list[bytes], preprocessing: Preprocessing
+) -> list[dict[str, Any]]:
+    """By layer, the noisiest output first, what int8 does to it: signal to quantization noise in decibels.
+
+    `weights_db` is of the layer's weights; `output_db` of its output on SEEN images, with all layers before it in int8
+    too. Layers that stay in float, or that have no weights left, are not listed.
+    """
+    inputs = {"image": np.stack([dataset.tensor(image, preprocessing) for image in images[:SEEN]])}
+    found = []
+    with tempfile.TemporaryDirectory(prefix="weighin-") as scratch, quiet():
+        coded, watched = (Path(scratch) / name for name in ("coded.onnx", "watched.onnx"))
+        onnx.save(quantized, coded)
+        pairs = qdq_loss_debug.create_weight_matching(str(model), str(coded))
+        for path in (coded, model):
+            qdq_loss_debug.modify_model_output_intermediate_tensors(path, watched)
+            found.append(qdq_loss_debug.collect_activations(str(watched), iter([inputs])))
+    outputs = qdq_loss_debug.compute_activation_error(qdq_loss_debug.create_activation_matching(*found))
+    weights = qdq_loss_debug.compute_weight_error({name: one for name, one in pairs.items() if one["float"].any()})
+    rows = [
+        {"layer": name, "weights_db": round(weights[weight], 1), "output_db": round(outputs[result]["xmodel_err"], 1)}
+        for node in quantized.graph.node
+        if (name := layer(node))
+        and (weight := f"{name}.weight") in weights
+        and (result := node.output[0].removesuffix(QUANT_INPUT_SUFFIX)) in outputs
+    ]
+    return sorted(rows, key=lambda row: float(row["output_db"]))
 
 
 @contextlib.contextmanager
@@ -163,6 +201,7 @@ def main() -> None:
         print(f"val top-1 {before:.2%}, calibrated {after:.2%}", flush=True)
         if before - after > params.qat.max_top1_drop:
             history = trained(quantized, params.qat)
+    noise = sensitivities(source, quantized, images, preprocessing)
     if params.codebook:
         codebook.apply(quantized, params.codebook)
     with files.replacing(paths.onnx("quantize")) as (temporary,):
@@ -181,6 +220,7 @@ def main() -> None:
         "float32": float32,
         "float_layers": len(left),
         "qat": history,
+        "sensitivities": noise,
     }
     files.write_json(paths.report("quantize"), metrics)
     print(f"quantize: val top-1 {metrics['val_top1']:.2%}, calibrated on {len(images)} training images")

@@ -250,6 +250,7 @@ def test_a_model_in_float_has_the_shape_and_nearly_the_answers_of_its_int8(
     onnx.checker.check_model(plain, full_check=True)
     assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in plain.graph.node}
     assert graph.macs(plain) == graph.macs(reduced)
+    assert list(plain.metadata_props) == list(reduced.metadata_props)
     assert {tensor.data_type for tensor in plain.graph.initializer} == {onnx.TensorProto.FLOAT}
     shape = [dim.dim_value for dim in reduced.graph.input[0].type.tensor_type.shape.dim[1:]]
     image = np.random.default_rng(2).normal(size=(8, *shape)).astype(np.float32)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tasks.core import dataset, files, graph, session
 from tasks.core.errors import StageError
-from tasks.quantize import BATCH, Reader, calibration_images, check_scales, float_layers, quantize
+from tasks.quantize import BATCH, Reader, calibration_images, check_scales, float_layers, quantize, sensitivities
 
 Networks = Callable[[str], Network]
 
@@ -277,7 +277,26 @@ def test_the_stage_leaves_the_model_and_its_numbers(repository: Repository, netw
     ready = session.open_session(repository.model("quantize"), 1)
     val = np.stack([dataset.tensor(png(seed), network.preprocessing) for seed in range(200, 220)])
     right = session.logits(ready, val).argmax(1) == np.arange(20) % len(CLASSES)
-    assert report == {"val_top1": right.mean(), "calibration_images": 64, "float32": [], "float_layers": 0}
+    listed = report.pop("sensitivities")
+    assert report == {"val_top1": right.mean(), "calibration_images": 64, "float32": [], "float_layers": 0, "qat": []}
+    assert sorted(row["layer"] for row in listed) == ["0", "3", "7", "9"]
+
+
+def test_the_layer_that_int8_harms_most_is_listed_first(networks: Networks, images: list[bytes]) -> None:
+    """The one whose weights lie on a grid that is far too coarse."""
+    network = networks("mobilenetv2_050")
+    model = onnx.ModelProto()
+    model.CopyFrom(network.quantized)
+    constants = graph.Constants(model)
+    tensor = constants.tensors["blocks.4.1.conv_pw.weight_quantized"]
+    codes = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array((codes // 64 * 64).astype(np.int8), tensor.name))
+    for coarse, source in ((False, network.quantized), (True, model)):
+        found = sensitivities(network.path, source, images, network.preprocessing)
+        assert [row["output_db"] for row in found] == sorted(row["output_db"] for row in found)
+        noisy = min(found, key=lambda row: float(row["weights_db"]))
+        assert (noisy["layer"] == "blocks.4.1.conv_pw") == coarse
+        assert all(row["weights_db"] > 30 for row in found if row["layer"] != "blocks.4.1.conv_pw")
 
 
 def test_the_stage_shares_codes_where_it_is_asked_to(repository: Repository, networks: Networks) -> None:

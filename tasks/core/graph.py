@@ -190,6 +190,7 @@ def in_float(quantized: onnx.ModelProto) -> onnx.ModelProto:
             sources[result] = node.input[0]
     replace_nodes(model, nodes)
     strip(model)
+    onnx.helper.set_model_props(model, {entry.key: entry.value for entry in quantized.metadata_props})
     return model
 
 
