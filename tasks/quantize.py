@@ -166,18 +166,28 @@ def quiet() -> Iterator[None]:
         logging.disable(previous)
 
 
-def trained(quantized: onnx.ModelProto, params: config.Qat) -> list[dict[str, float]]:
+def shared(quantized: onnx.ModelProto, levels: int | None) -> onnx.ModelProto:
+    """The model with so many nonzero codes in each weight tensor, or as it is."""
+    if levels is None:
+        return quantized
+    model = onnx.ModelProto()
+    model.CopyFrom(quantized)
+    codebook.apply(model, levels)
+    return model
+
+
+def trained(quantized: onnx.ModelProto, params: config.Qat, levels: int | None) -> list[dict[str, float]]:
     """Train the quantized network in place, with the pruned one as its teacher; returns the history."""
     from tasks.core import backbone, qat, training  # torch, which nothing else here needs
 
     teacher, spec = backbone.load(paths.weights("prune"), paths.spec("prune"))
     training.make_deterministic(params.training.seed)
     checkpoint = training.checkpoint_path(
-        "quantize", paths.TRAIN, paths.VAL, paths.onnx("prune"), params=params, spec=spec
+        f"quantize-{levels}", paths.TRAIN, paths.VAL, paths.onnx("prune"), params=params, spec=spec
     )
     images, held_out = (training.Images(split, spec.preprocessing, spec.classes) for split in (paths.TRAIN, paths.VAL))
     floats = graph.initializers(onnx.load(paths.onnx("prune")))
-    history = qat.train(quantized, floats, teacher, params, images, held_out, checkpoint)
+    history = qat.train(quantized, floats, teacher, params, images, held_out, checkpoint, levels)
     training.forget("quantize")
     return history
 
@@ -197,13 +207,12 @@ def main() -> None:
     quantized = quantize(source, images, preprocessing, params, float32)
     history: list[dict[str, float]] = []
     if params.qat:
-        before, after = val_top1(source), val_top1(quantized.SerializeToString())
+        before, after = val_top1(source), val_top1(shared(quantized, params.codebook).SerializeToString())
         print(f"val top-1 {before:.2%}, calibrated {after:.2%}", flush=True)
         if before - after > params.qat.max_top1_drop:
-            history = trained(quantized, params.qat)
+            history = trained(quantized, params.qat, params.codebook)
     noise = sensitivities(source, quantized, images, preprocessing)
-    if params.codebook:
-        codebook.apply(quantized, params.codebook)
+    quantized = shared(quantized, params.codebook)
     with files.replacing(paths.onnx("quantize")) as (temporary,):
         temporary.write_bytes(quantized.SerializeToString())
         left = float_layers(temporary)[len(float32) :]  # those that should be are the first of all

@@ -23,7 +23,7 @@ from tasks.core import backbone, config, files, graph, masks, paths, qat, sessio
 from tasks.core.backbone import Spec
 from tasks.core.errors import StageError
 from tasks.core.export import export
-from tasks.quantize import quantize
+from tasks.quantize import quantize, shared
 from tasks.reduce import reduce
 
 SCHEDULE = {
@@ -133,8 +133,8 @@ class Case:
         images = self.images(name)
         return torch.stack([images[index][0] for index in range(len(images))])
 
-    def quantized(self) -> onnx.ModelProto:
-        return quantize(self.root / self.path, self.images("train").images[:64], self.spec.preprocessing, NARROW)
+    def quantized(self, params: config.Quantize = NARROW) -> onnx.ModelProto:
+        return quantize(self.root / self.path, self.images("train").images[:64], self.spec.preprocessing, params)
 
 
 @pytest.fixture
@@ -177,6 +177,28 @@ def test_training_brings_top1_back_and_zeros_and_scales_stay(case: Case) -> None
     first, second = (session.logits(session.open_session(m.SerializeToString(), 1), images) for m in (trained, reduced))
     assert first.tobytes() == second.tobytes()
     assert reduced.ByteSize() < 0.85 * trained.ByteSize()
+
+
+def test_training_keeps_to_a_codebook(case: Case) -> None:
+    """Three codes a tensor: too few for what was trained without them, enough for what is trained with them."""
+    model = case.quantized(CALIBRATION)
+    before = codes_of(shared(model, 3))
+    floats = graph.initializers(onnx.load(case.root / case.path))
+    params = config.Qat.model_validate(QAT)
+    images = [case.images(name) for name in ("train", "val")]
+    top1_before = top1(case, shared(model, 3))
+    qat.train(model, floats, case.teacher, params, *images, case.root / "checkpoint.pt", 3)
+    counts = [len(np.unique(codes[codes != 0])) for codes in codes_of(model)]
+    assert len(counts) == len(before) == 2
+    assert max(counts) == 3
+    assert top1(case, model) > top1_before
+    assert top1(case, shared(model, 3)) == top1(case, model)
+
+
+def codes_of(model: onnx.ModelProto) -> list[graph.Array]:
+    constants = graph.Constants(model)
+    found = [constants.read(node.input[1]) for node in model.graph.node if node.op_type in graph.WEIGHTED]
+    return [codes for codes in found if codes is not None]
 
 
 def test_an_operator_that_is_not_known_is_told(case: Case) -> None:

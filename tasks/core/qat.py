@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tasks.core import config, distillation, graph, session, training
+from tasks.core import codebook, config, distillation, graph, session, training
 from tasks.core.errors import StageError
 
 LOW, HIGH = -127, 127  # codes of weights
@@ -31,9 +31,11 @@ def train(
     images: training.Images,
     held_out: training.Images,
     checkpoint: Path,
+    levels: int | None = None,
 ) -> list[dict[str, float]]:
     """Train the weights of a QDQ file, in place, to answer as the teacher does; returns the history.
 
+    With `levels` each weight tensor keeps to so many nonzero codes, those that come closest to what it begins with.
     `StageError` if PyTorch does not come to the logits that ONNX Runtime has for the file.
     """
     net = Network(quantized, floats)
@@ -43,6 +45,9 @@ def train(
     expected = session.logits(session.open_session(quantized.SerializeToString(), threads=1), example.numpy())
     if not np.abs(found - expected).mean() <= UNLIKE * expected.std():
         raise StageError("quantize.qat cannot train this network: PyTorch runs it otherwise than ONNX Runtime")
+    for weight in net.weights.values():
+        if levels:
+            weight.share(levels)  # type: ignore[operator]
     history = distillation.distill(net, teacher, params, images, held_out, checkpoint=checkpoint)
     net.write(quantized)
     return history
@@ -53,6 +58,7 @@ class Weight(nn.Module):
 
     scale: Tensor
     kept: Tensor
+    shared: Tensor  # the codes it keeps to, in order; empty: all of int8
 
     def __init__(self, values: Tensor, scale: Tensor, axis: int) -> None:
         super().__init__()
@@ -60,11 +66,22 @@ class Weight(nn.Module):
         self.is_bias = values.ndim == 1
         self.register_buffer("scale", scale.reshape([-1 if a == axis else 1 for a in range(values.ndim)]))
         self.register_buffer("kept", values != 0)
+        self.register_buffer("shared", torch.empty(0))
+
+    @torch.no_grad()
+    def share(self, levels: int) -> None:
+        """Keep to so many codes from now on; a bias keeps to none."""
+        if not self.is_bias:
+            codes = codebook.cluster(self.codes().numpy().astype(np.int8), levels)
+            self.shared = torch.from_numpy(np.unique(codes[codes != 0]).astype(np.float32))
 
     def codes(self) -> Tensor:
         """On the integer grid, float32."""
-        codes = (self.values * self.kept / self.scale).round()
-        return codes if self.is_bias else codes.clamp(LOW, HIGH)
+        exact = self.values * self.kept / self.scale
+        if len(self.shared):
+            borders = (self.shared[1:] + self.shared[:-1]) / 2
+            return self.shared[torch.bucketize(exact, borders)] * self.kept
+        return exact.round() if self.is_bias else exact.round().clamp(LOW, HIGH)
 
     def forward(self) -> Tensor:
         exact = self.values * self.kept
