@@ -71,7 +71,7 @@ def reproduce(root: Path, model: str, version: str, say: Callable[[str], None] =
     made_of = documents.materials_of(json.loads(record["provenance.json"]))
     params = config.read(record["params.yaml"], Path(f"{commit[:12]}:params.yaml"))
     with _worktree(root, decision) as clean:
-        for path in ("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config", *made_of.code):
+        for path in ("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config", str(paths.DEVICE), *made_of.code):
             if path not in record:
                 raise RegistryError(f"the record of {tag} lacks {path}: `weighin audit {version}`")
             files.write_bytes(clean / path, record[path])

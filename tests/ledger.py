@@ -58,6 +58,7 @@ class Ledger:
         outs = [path.as_posix() for path in OUTS]
         made.write("dvc.yaml", json.dumps({"stages": {"build": {"cmd": "true", "outs": outs}}}).encode())
         made.write("tasks/stage.py", b"print('code')\n")
+        made.write(paths.DEVICE, b'{"latency_ms": []}\n')
         made.write(".gitignore", b"/data/prepared\n/data/models\n/data/reports\n/data/champion\n.weighin/\n")
         for index in range(3):
             made.write(f"data/raw/cat/{index}.png", png(index, 8))

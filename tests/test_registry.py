@@ -33,7 +33,7 @@ FILES = {
         "bundle.sig",
     ),
     *("bom.cdx.json", "champion.json", "environment.json", "predictions.csv", "provenance.json", "trusted_keys"),
-    *(".dvc/config", "tasks/stage.py"),
+    *(".dvc/config", "data/device.json", "tasks/stage.py"),
 }
 
 

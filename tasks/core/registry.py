@@ -41,6 +41,7 @@ CARRIED = {
     "dvc.yaml": Path("dvc.yaml"),
     "dvc.lock": Path("dvc.lock"),
     ".dvc/config": Path(".dvc/config"),
+    "data/device.json": paths.DEVICE,
 }
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

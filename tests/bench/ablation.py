@@ -3,8 +3,8 @@
 For each seed the backbone is fine-tuned anew on data/prepared; then each row of the table makes its model from it for
 the same budget of bytes and milliseconds, with one part of the recipe left out or done in an older way. Decisions are
 made on train and val; top-1 is that of the final file on the test split, and all files of a seed are timed in one run.
-Prints the mean and the range over the seeds, and writes data/reports/bench/ablation.json. About a quarter of an hour a
-seed on two quiet cores.
+Prints the mean and the range over the seeds after each row, and writes data/reports/bench/ablation.json. An hour on two
+quiet cores.
 """
 
 import argparse
@@ -128,44 +128,45 @@ def heavy(quantized: Path, target: Path) -> Path:
     return target
 
 
-ROWS: dict[str, Callable[[Job], prune.Pruned]] = {
-    "no distillation": untaught,
-    "channels by norm, not by Taylor": by_norm,
-    "no blocks go": channels_alone,
-    "no recovery": lambda job: compressed(job, recovery=None),
+def own_files(job: Job, found: prune.Pruned) -> dict[str, Path]:
+    """The recipe's final file, and what it would be without one of the later steps."""
+    made = written(job, RECIPE, found.net, found.plan["float32"])
+    in_float = job.folder / "float32.onnx"
+    onnx.save(graph.in_float(onnx.load(made["reduce"])), in_float)
+    return {
+        RECIPE: made["reduce"],
+        "masked, not removed": made["quantize"],
+        "names, scales, int32 biases stay": heavy(made["quantize"], job.folder / "heavy.onnx"),
+        "int8 in all layers": written(job, "int8", found.net, [])["reduce"],
+        "fp32 of the same shape": in_float,
+    }
+
+
+ROWS: dict[str, Callable[[Job, prune.Pruned], prune.Pruned]] = {
+    "no distillation": lambda job, _: untaught(job),
+    "channels by norm, not by Taylor": lambda job, _: by_norm(job),
+    "one share for all groups": uniform,
+    "no recovery": lambda job, _: compressed(job, recovery=None),
+    "no blocks go": lambda job, _: channels_alone(job),
 }
 
 
-def measure(params: config.Params, seed: int, folder: Path) -> dict[str, dict[str, float]]:
-    """By row, top-1, bytes, .zst bytes and milliseconds of one seed; a row that no network meets is left out."""
-    first = params.finetune.model_copy(update={"training": params.finetune.training.model_copy(update={"seed": seed})})
+def begin(params: config.Params, seed: int, folder: Path) -> Job:
+    """Fine-tune the backbone with this seed; the rows' training has it too."""
     training.make_deterministic(seed)
+    first = params.finetune.model_copy(update={"training": params.finetune.training.model_copy(update={"seed": seed})})
     teacher, spec = finetune.start(first, params.classes, params.model)
     finetune.finetune(teacher, spec, first, TRAIN, VAL, folder / "finetune.pt")
-    if params.prune.recovery:
-        schedule = params.prune.recovery.training.model_copy(update={"seed": seed})
-        recovery = params.prune.recovery.model_copy(update={"training": schedule})
-        params = params.model_copy(update={"prune": params.prune.model_copy(update={"recovery": recovery})})
-    job = Job(params, teacher, spec, costs.read(ROOT / paths.DEVICE), folder)
-    models = {REFERENCE: folder / "finetune.onnx"}
-    export(teacher, spec, models[REFERENCE])
-    print(RECIPE, flush=True)
-    found = compressed(job)
-    own = written(job, RECIPE, found.net, found.plan["float32"])
-    models[RECIPE] = own["reduce"]
-    models["masked, not removed"] = own["quantize"]
-    models["names, scales, int32 biases stay"] = heavy(own["quantize"], folder / "heavy.onnx")
-    models["fp32 of the same shape"] = folder / "float.onnx"
-    onnx.save(graph.in_float(onnx.load(own["reduce"])), models["fp32 of the same shape"])
-    models["int8 in all layers"] = written(job, "int8", found.net, [])["reduce"]
-    for name, row in (ROWS | {"one share for all groups": lambda job: uniform(job, found)}).items():
-        print(name, flush=True)
-        try:
-            other = row(job)
-        except StageError as error:
-            print(f"{name}: {error}", flush=True)
-            continue
-        models[name] = written(job, name, other.net, other.plan["float32"])["reduce"]
+    export(teacher, spec, folder / "finetune.onnx")
+    recovery = params.prune.recovery
+    if recovery:
+        recovery = recovery.model_copy(update={"training": recovery.training.model_copy(update={"seed": seed})})
+    params = params.model_copy(update={"prune": params.prune.model_copy(update={"recovery": recovery})})
+    return Job(params, teacher, spec, costs.read(ROOT / paths.DEVICE), folder)
+
+
+def measure(models: dict[str, Path], params: config.Params) -> dict[str, dict[str, float]]:
+    """Top-1, bytes, .zst bytes and milliseconds of a seed's files, which take turns."""
     times = benchmark.latencies(models, params.benchmark)
     return {name: weighed(path, params, times[name]) for name, path in models.items()}
 
@@ -192,6 +193,24 @@ def line(name: str, rows: list[dict[str, float]]) -> str:
     return f"{name:36} {' '.join(cells)}"
 
 
+def report(params: config.Params, models: list[dict[str, Path]]) -> None:
+    """Measure all that is made, print the table, and write it."""
+    seeds = [measure(made, params) for made in models]
+    names = dict.fromkeys(name for rows in seeds for name in rows)
+    table = {name: [rows[name] for rows in seeds if name in rows] for name in names}
+    files.write_json(REPORT, {"seeds": len(seeds), "processor": benchmark.processor(), "rows": table})
+    print("", HEADER, *(line(name, rows) for name, rows in table.items()), sep="\n")
+    pairs = list(zip(table[REFERENCE], table[RECIPE], strict=True))
+    claims = {
+        "times smaller": [before["size_bytes"] / after["size_bytes"] for before, after in pairs],
+        "times smaller as .zst": [before["size_bytes"] / after["zst_bytes"] for before, after in pairs],
+        "times faster": [before["latency_p50_ms"] / after["latency_p50_ms"] for before, after in pairs],
+        "points of top-1 lost": [(before["top1"] - after["top1"]) * 100 for before, after in pairs],
+    }
+    for name, values in claims.items():
+        print(f"the recipe, {name}: {mean(values):.2f} ({min(values):.2f} to {max(values):.2f})", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="how many fine-tunings and compressions")
@@ -199,23 +218,26 @@ def main() -> None:
     if not TRAIN.exists():
         raise StageError(f"{paths.TRAIN} is missing: run `make run` first")
     params = config.load(ROOT / paths.PARAMS)
-    table: dict[str, list[dict[str, float]]] = {}
-    for seed in range(seeds):
-        print(f"seed {seed}", flush=True)
-        with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
-            for name, row in measure(params, seed, Path(scratch)).items():
-                table.setdefault(name, []).append(row)
-        files.write_json(REPORT, {"seeds": seed + 1, "processor": benchmark.processor(), "rows": table})
-    print("", HEADER, *(line(name, rows) for name, rows in table.items()), sep="\n")
-    reference, own = table[REFERENCE], table[RECIPE]
-    pairs = list(zip(reference, own, strict=True))
-    for what, key in (("smaller", "size_bytes"), ("faster", "latency_p50_ms")):
-        ratios = [before[key] / after[key] for before, after in pairs]
-        print(f"the recipe is {mean(ratios):.1f} times {what} ({min(ratios):.1f} to {max(ratios):.1f})")
-    packed = [before["size_bytes"] / after["zst_bytes"] for before, after in pairs]
-    drops = [(before["top1"] - after["top1"]) * 100 for before, after in pairs]
-    print(f"packed {mean(packed):.1f} times ({min(packed):.1f} to {max(packed):.1f})")
-    print(f"and loses {mean(drops):.2f} points of top-1 ({min(drops):.2f} to {max(drops):.2f})")
+    with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
+        jobs, recipes, models = [], [], []
+        for seed in range(seeds):
+            print(f"{RECIPE}, seed {seed}", flush=True)
+            folder = Path(scratch) / str(seed)
+            folder.mkdir()
+            jobs.append(begin(params, seed, folder))
+            recipes.append(compressed(jobs[-1]))
+            models.append({REFERENCE: folder / "finetune.onnx"} | own_files(jobs[-1], recipes[-1]))
+        report(params, models)
+        for name, row in ROWS.items():
+            for seed, (job, found) in enumerate(zip(jobs, recipes, strict=True)):
+                print(f"{name}, seed {seed}", flush=True)
+                try:
+                    other = row(job, found)
+                except StageError as error:
+                    print(f"{name}: {error}", flush=True)
+                    continue
+                models[seed][name] = written(job, name, other.net, other.plan["float32"])["reduce"]
+            report(params, models)
 
 
 if __name__ == "__main__":
