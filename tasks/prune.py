@@ -29,7 +29,7 @@ def decide(slim: nn.Module, params: config.Prune, val: training.Images, head: st
     plan: dict[str, Any] = {"blocks": [], "channels": {}, "float32": [], "weights": {}}
     example = torch.stack([val[index][0] for index in range(2)])
     if params.blocks:
-        plan["blocks"] = _least_missed(slim, params.blocks, val, example)
+        plan |= _blocks(slim, params.blocks, val, example)
         masks.remove_blocks(slim, [block["name"] for block in plan["blocks"]])
     if params.channels:
         plan["channels"] = masks.remove_channels(slim, params.channels, example, head)
@@ -38,13 +38,23 @@ def decide(slim: nn.Module, params: config.Prune, val: training.Images, head: st
     return plan
 
 
-def _least_missed(net: nn.Module, params: config.Blocks, val: training.Images, example: Tensor) -> list[dict[str, Any]]:
+def _blocks(net: nn.Module, params: config.Blocks, val: training.Images, example: Tensor) -> dict[str, Any]:
+    """The residual blocks that go and why; by the threshold, with the scores of those that stay, too."""
+    if params.threshold is None:
+        return {"blocks": _least_missed(net, params.remove or 0, val, example)}
+    scores = masks.block_scores(net, masks.residual_blocks(net, example))
+    gone = [{"name": name, "score": score} for name, score in scores.items() if score < params.threshold]
+    if not gone:
+        lowest = f"the lowest of {len(scores)} is {min(scores.values()):.3f}" if scores else "this backbone has none"
+        print(f"no residual block is under prune.blocks.threshold {params.threshold:g}: {lowest}", flush=True)
+    return {"blocks": gone, "block_scores": scores}
+
+
+def _least_missed(net: nn.Module, count: int, val: training.Images, example: Tensor) -> list[dict[str, Any]]:
     effects = importance.blocks(net, example, lambda: training.evaluate(net, val)[1])
-    if params.remove > len(effects):
-        raise StageError(
-            f"prune.blocks.remove is {params.remove}, but this backbone has {len(effects)} residual blocks"
-        )
-    chosen = sorted(effects, key=effects.__getitem__)[: params.remove]
+    if count > len(effects):
+        raise StageError(f"prune.blocks.remove is {count}, but this backbone has {len(effects)} residual blocks")
+    chosen = sorted(effects, key=effects.__getitem__)[:count]
     return [{"name": name, "val_loss_increase": effects[name]} for name in chosen]
 
 

@@ -297,6 +297,65 @@ def test_the_least_missed_blocks_become_identities(repository: Path, tmp_path: P
     assert all(torch.equal(full.get_parameter(name), parameter) for name, parameter in kept.items())
 
 
+def weighted(name: str, size: int, factors: dict[int, float]) -> tuple[nn.Module, list[str]]:
+    """A network in which the weights of some of its residual blocks, by number, are scaled; and all their names."""
+    net, images = network(name, size)
+    blocks = masks.residual_blocks(net, images)
+    with torch.no_grad():
+        for number, factor in factors.items():
+            for parameter in net.get_submodule(blocks[number]).parameters():
+                parameter.mul_(factor)
+    return net, blocks
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_050", "resnet18"])
+def test_blocks_under_the_threshold_become_identities_and_no_others(
+    name: str, repository: Path, tmp_path: Path
+) -> None:
+    net, blocks = weighted(name, 32, {1: 0.01, 3: 1e-4})
+    means = {}
+    for block in blocks:
+        module = net.get_submodule(block)
+        weights = [one.weight.detach() for one in module.modules() if isinstance(one, nn.Conv2d | nn.Linear)]
+        means[block] = sum(float(w.abs().sum()) for w in weights) / sum(w.numel() for w in weights)
+    scores = {block: mean / max(means.values()) for block, mean in means.items()}
+    threshold = (sorted(scores.values())[2] + sorted(scores.values())[3]) / 2  # three go
+    expected = [block for block in blocks if scores[block] < threshold]
+    full, plan, _ = pruned(repository, tmp_path / "one.pt", net, described(name, 32), blocks={"threshold": threshold})
+    assert {blocks[1], blocks[3]} < set(expected)
+    assert [block["name"] for block in plan["blocks"]] == expected
+    assert plan["block_scores"] == pytest.approx(scores)
+    assert all(block["score"] == plan["block_scores"][block["name"]] for block in plan["blocks"])
+    for key, parameter in full.named_parameters():
+        gone = any(key.startswith(f"{block}.") for block in expected)
+        assert torch.equal(parameter, torch.zeros_like(parameter) if gone else net.get_parameter(key)), key
+
+
+def test_with_no_block_under_the_threshold_the_network_stays_and_the_stage_says_so(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net, _ = weighted("mobilenetv2_050", 32, {})
+    spec = described("mobilenetv2_050", 32)
+    full, plan, _ = pruned(repository, tmp_path / "one.pt", net, spec, blocks={"threshold": 0.01})
+    assert (plan["blocks"], len(plan["block_scores"])) == ([], 10)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), full.parameters(), strict=True))
+    lowest = min(plan["block_scores"].values())
+    says = f"no residual block is under prune.blocks.threshold 0.01: the lowest of 10 is {lowest:.3f}\n"
+    assert capsys.readouterr().out == says
+    _, plan, _ = pruned(repository, tmp_path / "two.pt", *teacher(repository), blocks={"threshold": 0.99})
+    assert (plan["blocks"], plan["block_scores"]) == ([], {})
+    says = "no residual block is under prune.blocks.threshold 0.99: this backbone has none\n"
+    assert capsys.readouterr().out == says
+
+
+def test_blocks_that_are_zero_already_go(repository: Path, tmp_path: Path) -> None:
+    """As those of a compressed model that another one starts from."""
+    net, blocks = weighted("mobilenetv2_050", 32, dict.fromkeys(range(10), 0.0))
+    spec = described("mobilenetv2_050", 32)
+    _, plan, _ = pruned(repository, tmp_path / "one.pt", net, spec, blocks={"threshold": 0.01})
+    assert plan["blocks"] == [{"name": block, "score": 0.0} for block in blocks]
+
+
 def test_more_blocks_than_there_are(repository: Path, tmp_path: Path) -> None:
     net, spec = teacher(repository)
     with pytest.raises(StageError) as caught:
@@ -312,12 +371,22 @@ def test_single_weights_under_a_threshold() -> None:
     counts = masks.zero_weights(net, config.SingleWeights(threshold=0.25))
     assert list(counts) == ["0.weight", "3.weight", "7.weight", "9.weight"]
     for name, parameter in net.named_parameters():
-        gone = (
-            before[name].abs() < 0.25 * before[name].abs().max() if name in counts else torch.zeros_like(parameter) > 0
-        )
+        sizes = before[name].abs()
+        gone = (sizes - sizes.min()) / (sizes.max() - sizes.min()) < 0.25 if name in counts else sizes < 0
         assert torch.equal(parameter, before[name].where(~gone, torch.zeros(())))
         assert int((parameter == 0).sum()) == counts.get(name, 0)
     assert 0.2 < counts["0.weight"] / before["0.weight"].numel() < 0.3
+
+
+@torch.no_grad()
+def test_the_smallest_weight_of_a_layer_counts_as_zero_and_the_largest_as_one() -> None:
+    """Of 1, -2, 3, 5 the normalised sizes are 0, 0.25, 0.5 and 1; weights of one size are all alike and stay."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[0].weight.copy_(torch.tensor([[1.0, -2.0], [3.0, 5.0]]))
+    net[1].weight.copy_(torch.tensor([[0.5, -0.5], [0.5, -0.5]]))
+    assert masks.zero_weights(net, config.SingleWeights(threshold=0.375)) == {"0.weight": 2, "1.weight": 0}
+    assert net[0].weight.tolist() == [[0, 0], [3, 5]]
+    assert net[1].weight.all()
 
 
 @pytest.mark.parametrize("sparsity", [0.001, 0.5, 0.9])

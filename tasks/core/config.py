@@ -126,7 +126,16 @@ class Finetune(Section):
 
 
 class Blocks(Section):
-    remove: Count = Field(description="how many residual blocks go, those that val misses least first")
+    remove: Count | None = Field(None, description="how many residual blocks go, those that val misses least first")
+    threshold: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="residual blocks go whose mean |w|, divided by the largest mean of all of them, is under this"
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if (self.remove is None) == (self.threshold is None):
+            raise ValueError("give remove or threshold, one of the two")
+        return self
 
 
 class Channels(Section):
@@ -136,7 +145,7 @@ class Channels(Section):
 
 class SingleWeights(Section):
     threshold: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="in each layer, weights go whose |w|, normalised to 0-1 in that layer, is under this"
+        None, description="weights go whose |w|, its layer's smallest as 0 and its largest as 1, is under this"
     )
     sparsity: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="share of all weights that goes, smallest |w| of the whole model first"

@@ -79,6 +79,20 @@ def block_effects(net: nn.Module, names: list[str], val_loss: Callable[[], float
         hook.remove()
 
 
+@torch.no_grad()
+def block_scores(net: nn.Module, names: list[str]) -> dict[str, float]:
+    """By residual block: mean |w| over all its convolutions and linear layers, divided by the largest such mean.
+
+    The largest score is 1, or 0 where every weight of every block is zero.
+    """
+    means = {}
+    for name in names:
+        weights = [p for p in net.get_submodule(name).parameters() if p.ndim > 1]
+        means[name] = float(torch.cat([weight.abs().flatten() for weight in weights]).mean())
+    largest = max(means.values(), default=0.0) or 1.0
+    return {name: mean / largest for name, mean in means.items()}
+
+
 def remove_blocks(net: nn.Module, names: list[str]) -> None:
     """Put an identity in the place of each block."""
     for name in names:
@@ -170,7 +184,7 @@ def is_depthwise(module: nn.Module) -> bool:
 def zero_weights(net: nn.Module, params: config.SingleWeights) -> dict[str, int]:
     """Zero single weights of convolutions and linear layers, in place; returns how many went, by tensor.
 
-    `threshold`: |w| is divided by the largest |w| of its layer, and what lies under the threshold goes.
+    `threshold`: w goes where (|w| - min |w|) / (max |w| - min |w|) is under it, min and max taken over w's layer.
     `sparsity`: the smallest |w| of the whole model go until that share is zero. `StageError` if a layer
     would be left without any weight.
     """
@@ -180,7 +194,7 @@ def zero_weights(net: nn.Module, params: config.SingleWeights) -> dict[str, int]
         if isinstance(module, nn.Conv2d | nn.Linear)
     }
     if params.threshold is not None:
-        small = {name: weight.abs() < params.threshold * weight.abs().max() for name, weight in weights.items()}
+        small = {name: _under(weight.abs(), params.threshold) for name, weight in weights.items()}
     else:
         every = torch.cat([weight.abs().flatten() for weight in weights.values()])
         limit = float(every.kthvalue(max(1, round((params.sparsity or 0) * every.numel()))).values)
@@ -190,6 +204,11 @@ def zero_weights(net: nn.Module, params: config.SingleWeights) -> dict[str, int]
             raise StageError(f"prune.weights leaves nothing of {name}: lower the threshold or sparsity in params.yaml")
         weights[name][gone] = 0
     return {name: int(gone.sum()) for name, gone in small.items()}
+
+
+def _under(sizes: Tensor, threshold: float) -> Tensor:
+    low, high = sizes.min(), sizes.max()
+    return sizes - low < threshold * (high - low)  # no division: sizes that are all alike stay
 
 
 @torch.no_grad()
