@@ -331,6 +331,22 @@ def test_blocks_under_the_threshold_become_identities_and_no_others(
         assert torch.equal(parameter, torch.zeros_like(parameter) if gone else net.get_parameter(key)), key
 
 
+def test_blocks_under_the_threshold_leave_the_file_and_no_logit_changes(repository: Path, tmp_path: Path) -> None:
+    net, blocks = weighted("mobilenetv2_050", 32, {1: 0.01, 3: 0.01})
+    spec, prepared = described("mobilenetv2_050", 32), repository / "data/prepared"
+    found = pruned(repository, tmp_path / "one.pt", net, spec, blocks={"threshold": 0.05})[0]
+    export(found, spec, tmp_path / "pruned.onnx")
+    params = config.Quantize(calibration_images=64, percentile=99.99)
+    images = quantize.calibration_images(prepared / "train.parquet", CLASSES, 64)
+    quantized = quantize.quantize(tmp_path / "pruned.onnx", images, spec.preprocessing, params)
+    reduced, record = reduce.reduce(quantized)
+    for name, model in (("before", quantized), ("after", reduced)):
+        (tmp_path / f"{name}.onnx").write_bytes(model.SerializeToString())
+    assert reduce.prove(tmp_path / "before.onnx", tmp_path / "after.onnx", prepared / "val.parquet", threads=1) == 200
+    assert len(record["residual_sums_removed"]) == 2
+    assert sum(node.op_type == "Add" for node in reduced.graph.node) == len(blocks) - 2
+
+
 def test_with_no_block_under_the_threshold_the_network_stays_and_the_stage_says_so(
     repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

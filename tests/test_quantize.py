@@ -15,9 +15,9 @@ from conftest import CALIBRATION, CLASSES, MASKED, ROOT, Network, Repository, pn
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from tasks.core import dataset, files, graph, session
+from tasks.core import config, dataset, files, graph, session
 from tasks.core.errors import StageError
-from tasks.quantize import BATCH, Reader, calibration_images, check_scales, float_layers, quantize, sensitivities
+from tasks.quantize import BATCH, Reader, calibration_images, check_scales, float_layers, lost, quantize, sensitivities
 
 Networks = Callable[[str], Network]
 
@@ -179,6 +179,125 @@ def test_percentile_and_reduced_range_are_obeyed(networks: Networks, images: lis
     assert (wide, narrow) == (127, 64)
 
 
+def by_factor(factor: float) -> config.Quantize:
+    return config.Quantize(calibration_images=32, percentile=99.99, factor=factor)
+
+
+@pytest.mark.parametrize(("name", "factor"), [*((name, 24.0) for name in MASKED), ("lenet-5", 700.0)])
+def test_by_a_factor_every_weight_is_its_product_rounded_and_clipped(
+    name: str, factor: float, networks: Networks, images: list[bytes], tmp_path: Path
+) -> None:
+    network = networks(name)
+    model = quantize(network.path, images, network.preprocessing, by_factor(factor))
+    constants, floats = graph.Constants(model), graph.initializers(onnx.load(network.path))
+    makers = {node.output[0]: node for node in model.graph.node}
+    layers = [node for node in model.graph.node if node.op_type in graph.WEIGHTED]
+    exact, codes = [], []
+    for node in layers:
+        source, weight, *bias = (makers[name] for name in node.input)
+        original = weight.input[0].removesuffix("_quantized")
+        exact.append(numpy_helper.to_array(floats[original]).astype(np.float64).ravel() * factor)
+        codes.append(numpy_helper.to_array(constants.tensors[weight.input[0]]).ravel())
+        scale = numpy_helper.to_array(constants.tensors[weight.input[1]])
+        assert scale == np.float32(1 / factor)
+        for one in bias:
+            step = numpy_helper.to_array(constants.tensors[one.input[1]])
+            assert step == numpy_helper.to_array(constants.tensors[source.input[1]]) * scale
+            values = numpy_helper.to_array(constants.tensors[one.input[0]])
+            assert values.dtype == np.int32
+            wanted = numpy_helper.to_array(floats[one.input[0].removesuffix("_quantized")])
+            assert np.array_equal(values, np.rint(wanted / np.float64(step)))
+            assert values.any() == wanted.any()
+    found, products = np.concatenate(codes), np.concatenate(exact)
+    assert found.dtype == np.int8
+    assert np.array_equal(found, np.clip(np.rint(products), -127, 127))
+    if factor == 700:
+        assert (abs(products) > 127.5).any()
+        assert set(found[abs(products) > 127.5]) == {-127, 127}
+    onnx.save(model, tmp_path / "int8.onnx")
+    assert float_layers(tmp_path / "int8.onnx") == []
+
+
+@pytest.mark.parametrize("name", ["mlp", "mobilenetv2_050"])
+def test_by_a_fine_factor_the_network_answers_as_the_float_one(
+    name: str, networks: Networks, images: list[bytes], tmp_path: Path
+) -> None:
+    """One that clips nothing: so the biases must be right, too."""
+    network = networks(name)
+    weights = [numpy_helper.to_array(one) for one in onnx.load(network.path).graph.initializer if len(one.dims) > 1]
+    factor = 127 / max(float(abs(weight).max()) for weight in weights)
+    onnx.save(quantize(network.path, images, network.preprocessing, by_factor(factor)), tmp_path / "int8.onnx")
+    batch = Reader([png(seed) for seed in range(100, 100 + BATCH)], network.preprocessing).get_next()
+    assert batch is not None
+    expected, found = (
+        session.logits(session.open_session(path, 1), batch["image"]) for path in (network.path, tmp_path / "int8.onnx")
+    )
+    assert np.corrcoef(expected.ravel(), found.ravel())[0, 1] > 0.97
+
+
+def test_what_a_factor_loses_is_counted(networks: Networks, images: list[bytes]) -> None:
+    network = networks("lenet-5")
+    original = onnx.load(network.path)
+    weights = [numpy_helper.to_array(one).astype(np.float64) for one in original.graph.initializer if len(one.dims) > 1]
+    every = np.concatenate([weight.ravel() for weight in weights])
+    every = every[every != 0]
+    model = quantize(network.path, images, network.preprocessing, by_factor(900.0))
+    clipped, zeroed = int((abs(np.rint(every * 900)) > 127).sum()), int((abs(every * 900) <= 0.5).sum())
+    assert min(clipped, zeroed) > 0
+    assert lost(model, original, 900.0) == {
+        "nonzero_weights": len(every),
+        "clipped_weights": clipped,
+        "zeroed_weights": zeroed,
+        "zeroed_share": zeroed / len(every),
+    }
+
+
+def test_a_factor_that_leaves_nothing_of_a_layer_is_refused(networks: Networks, images: list[bytes]) -> None:
+    network = networks("lenet-5")
+    with pytest.raises(StageError) as caught:
+        quantize(network.path, images, network.preprocessing, by_factor(0.5))
+    assert str(caught.value) == "quantize.factor 0.5 leaves nothing of 0.weight: raise it"
+
+
+def test_a_factor_for_which_a_bias_is_too_large_is_refused(
+    networks: Networks, images: list[bytes], tmp_path: Path
+) -> None:
+    network = networks("lenet-5")
+    path = poisoned(network, 1, 1e4, tmp_path / "model.onnx")
+    with pytest.raises(StageError) as caught:
+        quantize(path, images, network.preprocessing, by_factor(1e6))
+    assert str(caught.value) == "quantize.factor 1e+06 makes 0.bias too large for int32: lower it"
+
+
+def test_layers_that_share_weight_and_bias_are_rounded_by_the_factor(images: list[bytes], tmp_path: Path) -> None:
+    """ONNX Runtime copies the bias, since its scale hangs on each layer's input."""
+    shape: list[str | int | None] = ["batch", 3, 8, 8]
+    weight = np.random.default_rng(0).normal(0, 0.2, (3, 3, 3, 3)).astype(np.float32)
+    bias = np.asarray([0.5, -0.25, 1.0], np.float32)
+    constants = [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(bias, "bias")]
+    nodes = [
+        helper.make_node("Conv", [source, "weight", "bias"], [target], name=target, pads=[1] * 4)
+        for source, target in (("image", "first"), ("first", "logits"))
+    ]
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("image", "logits")]
+    made = helper.make_model(
+        helper.make_graph(nodes, "twice", ends[:1], ends[1:], constants),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    onnx.save(made, tmp_path / "float.onnx")
+    preprocessing = dataset.Preprocessing(size=8, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    model = quantize(tmp_path / "float.onnx", images, preprocessing, by_factor(40.0))
+    stored = graph.Constants(model)
+    layers = [node for node in model.graph.node if node.op_type == "Conv"]
+    assert layers[0].input[2] != layers[1].input[2]
+    for node in layers:
+        own = stored.dequantized[node.input[2]]
+        codes, step = (numpy_helper.to_array(stored.tensors[name]) for name in own.input[:2])
+        assert codes * step == pytest.approx(bias, abs=2 * float(step))
+        assert np.array_equal(stored.read(node.input[1]), np.rint(weight.astype(np.float64) * 40))
+
+
 def test_calibration_images_are_spread_over_the_split_in_its_order(tmp_path: Path) -> None:
     every = [bytes([index]) for index in range(101)]
     write_split(tmp_path / "train.parquet", every)
@@ -324,6 +443,24 @@ def test_the_stage_leaves_in_float_what_the_plan_says(repository: Repository, ne
     assert f"faster in float32 on the device, and left so: {', '.join(FRONT)}" in done.stdout
     assert json.loads(repository.report("quantize").read_text())["float32"] == FRONT
     assert len(float_layers(repository.model("quantize"))) == len(FRONT)
+
+
+def test_the_stage_tells_what_a_factor_loses(repository: Repository, networks: Networks) -> None:
+    network = networks("lenet-5")
+    prepared(repository, network.path)
+    repository.params(quantize={"calibration_images": 64, "factor": 100})
+    done = repository.run("quantize")
+    assert (done.returncode, done.stderr) == (0, "")
+    model = onnx.load(repository.model("quantize"))
+    report = json.loads(repository.report("quantize").read_text())
+    told = lost(model, onnx.load(network.path), 100)
+    assert report.items() >= told.items()
+    assert 0 < report["zeroed_share"] < 1
+    says = (
+        f"factor 100: of {told['nonzero_weights']:,} weights {told['clipped_weights']:,} are clipped "
+        f"and {told['zeroed_weights']:,} become 0 ({told['zeroed_share']:.1%})"
+    )
+    assert says in done.stdout.splitlines()
 
 
 def test_the_stage_needs_images_to_calibrate_on(repository: Repository, networks: Networks) -> None:

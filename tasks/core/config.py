@@ -205,6 +205,15 @@ class Quantize(Section):
     )
     qat: Qat | None = Field(None, description="training on the int8 grid, with the pruned network as the teacher")
     reduce_range: bool = Field(False, description="7-bit weights, for x86 CPUs with AVX2 but no VNNI")
+    factor: Annotated[float, Field(ge=1e-6, le=1e6)] | None = Field(
+        None, description="every weight becomes round(w * factor), -127 to 127; null: by the range of its channel"
+    )
+
+    @model_validator(mode="after")
+    def _one_range_of_weights(self) -> Self:
+        if self.factor is not None and self.reduce_range:
+            raise ValueError("factor goes without reduce_range: its weights take all of int8")
+        return self
 
 
 class Benchmark(Section):
