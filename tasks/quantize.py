@@ -163,7 +163,7 @@ def lost(quantized: onnx.ModelProto, original: onnx.ModelProto, factor: float) -
     exact = np.concatenate([np.rint(w[w != 0] * factor) for _, w in rounded(quantized, original)])
     clipped, zeroed = int((abs(exact) > LARGEST).sum()), int((exact == 0).sum())
     return {
-        "nonzero_weights": exact.size,
+        "rounded_weights": exact.size,
         "clipped_weights": clipped,
         "zeroed_weights": zeroed,
         "zeroed_share": zeroed / max(1, exact.size),
@@ -297,7 +297,7 @@ def main() -> None:
     if params.factor is not None:
         metrics |= (gone := lost(quantized, onnx.load(source), params.factor))
         print(
-            f"factor {params.factor:g}: of {gone['nonzero_weights']:,} weights {gone['clipped_weights']:,} are clipped "
+            f"factor {params.factor:g}: of {gone['rounded_weights']:,} weights {gone['clipped_weights']:,} are clipped "
             f"and {gone['zeroed_weights']:,} become 0 ({gone['zeroed_share']:.1%})"
         )
     files.write_json(paths.report("quantize"), metrics)

@@ -245,7 +245,7 @@ def test_what_a_factor_loses_is_counted(networks: Networks, images: list[bytes])
     clipped, zeroed = int((abs(np.rint(every * 900)) > 127).sum()), int((abs(every * 900) <= 0.5).sum())
     assert min(clipped, zeroed) > 0
     assert lost(model, original, 900.0) == {
-        "nonzero_weights": len(every),
+        "rounded_weights": len(every),
         "clipped_weights": clipped,
         "zeroed_weights": zeroed,
         "zeroed_share": zeroed / len(every),
@@ -457,7 +457,7 @@ def test_the_stage_tells_what_a_factor_loses(repository: Repository, networks: N
     assert report.items() >= told.items()
     assert 0 < report["zeroed_share"] < 1
     says = (
-        f"factor 100: of {told['nonzero_weights']:,} weights {told['clipped_weights']:,} are clipped "
+        f"factor 100: of {told['rounded_weights']:,} weights {told['clipped_weights']:,} are clipped "
         f"and {told['zeroed_weights']:,} become 0 ({told['zeroed_share']:.1%})"
     )
     assert says in done.stdout.splitlines()
