@@ -12,7 +12,7 @@ help:
 	@echo "make run [PARAMS=FILE]   the whole job: data in, decision out"
 	@echo "make test                every test"
 	@echo "make check               ruff, mypy, documents in step with the code"
-	@echo "make bench               the last run's model beside its peers, and the LeNets of Deep Compression on MNIST"
+	@echo "make bench               the last run's model beside its peers, the LeNets of Deep Compression, the seed's methods"
 	@echo "make digits              the data of data/recipes/mlp-digits.yaml"
 
 run: setup
@@ -28,9 +28,10 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/pytest --quiet --durations=0 tests/test_docs.py tests/test_dvc_yaml.py
 
-bench: setup
+bench: digits
 	$(BIN)/python tests/bench/peers.py
 	$(BIN)/python tests/bench/deep_compression.py
+	$(BIN)/python tests/bench/seed_methods.py
 
 setup: .venv/.ready
 

@@ -240,6 +240,18 @@ def test_a_missing_file(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none.yaml") == " does not exist: give a parameter file, such as params.yaml"
 
 
+def test_keys_of_sections_that_are_null_are_explained_too(tmp_path: Path) -> None:
+    shown = {name: (value, bounds) for name, value, bounds, _ in config.explained(config.load(SHIPPED))}
+    assert shown["prune.blocks"] == ("null", "")
+    assert shown["prune.blocks.threshold"] == ("", "> 0, < 1")
+    assert shown["prune.blocks.remove"] == ("", ">= 1")
+    assert shown["quantize.factor"] == ("null", ">= 1e-06, <= 1e+06")
+    given = config.load(changed(tmp_path, "blocks: null", "blocks: {threshold: 0.3}"))
+    shown = {name: (value, bounds) for name, value, bounds, _ in config.explained(given)}
+    assert shown["prune.blocks.threshold"] == ("0.3", "> 0, < 1")
+    assert "prune.blocks" not in shown
+
+
 def test_slices_by_columns_that_ingest_carries(tmp_path: Path) -> None:
     path = changed(tmp_path, "  seed: 0\n\nvalidate", "  seed: 0\n  columns: [site, device]\n\nvalidate")
     path.write_text(path.read_text() + "    device: {min_top1: 0.5, max_regression: 0.1}\n")

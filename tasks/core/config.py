@@ -393,21 +393,26 @@ def section_of(annotation: Any) -> type[Section] | None:
 
 
 def explained(params: Params) -> list[tuple[str, str, str, str]]:
-    """Every parameter in the file's order: dotted name, value, bounds, meaning."""
-    return list(_explained(params, ""))
+    """Every parameter in the file's order: dotted name, value, bounds, meaning.
+
+    The keys of a section that is null are there without a value.
+    """
+    return list(_explained(Params, params, ""))
 
 
-def _explained(section: Section, prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    for name, field in fields(type(section)).items():
-        value = getattr(section, f"{name}_" if field.alias else name)
-        if isinstance(value, Section):
-            yield from _explained(value, f"{prefix}{name}.")
-        elif isinstance(value, dict):
+def _explained(kind: type[Section], section: Section | None, prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in fields(kind).items():
+        value = getattr(section, f"{name}_" if field.alias else name, None)
+        inner = section_of(field.annotation)
+        if isinstance(value, dict):
             for key, part in value.items():
-                yield from _explained(part, f"{prefix}{name}.{key}.")
-        else:
+                yield from _explained(type(part), part, f"{prefix}{name}.{key}.")
+            continue
+        if not isinstance(value, Section):
             shown = ", ".join(value) if isinstance(value, tuple) else "null" if value is None else str(value)
-            yield f"{prefix}{name}", shown, _bounds(field), field.description or ""
+            yield f"{prefix}{name}", shown if section else "", _bounds(field), field.description or ""
+        if inner:
+            yield from _explained(inner, value, f"{prefix}{name}.")
 
 
 def _bounds(field: Any) -> str:
