@@ -18,6 +18,7 @@ from tasks.core.registry import Decision
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -33,16 +34,21 @@ def test_readme_uses_options_that_exist() -> None:
 
 def test_make_targets_in_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    for path in (ROOT / "README.md", *(ROOT / "data/recipes").glob("*")):
+    for path in (*DOCUMENTS, *(ROOT / "data/recipes").glob("*")):
         if path.is_file():
             assert set(re.findall(r"`make ([a-z]+)", path.read_text())) <= targets, path
 
 
-def test_readme_is_short_and_its_files_exist() -> None:
+def test_readme_is_short() -> None:
     assert len(README.splitlines()) < 200
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-    for path in re.findall(r"`((?:data|deploy|tasks|flows)/[\w./-]*\w)`", README):
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_documents_name_exist(document: Path) -> None:
+    text = document.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (document.parent / target).exists(), target
+    for path in re.findall(r"`(?:python )?((?:data|deploy|docs|tasks|flows|tests)/[\w./-]*\w)`", text):
         assert (ROOT / path).exists() or path.startswith(("data/prepared", "data/models", "data/reports")), path
 
 
@@ -51,12 +57,22 @@ def test_readme_names_every_stage_in_order() -> None:
     assert positions == sorted(positions)
 
 
-def test_yaml_in_readme_is_made_of_real_parameters() -> None:
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_yaml_in_documents_is_made_of_real_parameters(document: Path) -> None:
     shipped = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
-    for block in re.findall(r"```yaml\n(.*?)```", README, re.S):
-        for section, values in YAML(typ="safe").load(block).items():
-            base = shipped[section]
-            config.Params.model_validate(shipped | {section: base | values if isinstance(base, dict) else values})
+    for block in re.findall(r"```yaml\n(.*?)```", document.read_text(), re.S):
+        changes = YAML(typ="safe").load(block)
+        merged = {name: shipped[name] | new if isinstance(new, dict) else new for name, new in changes.items()}
+        config.Params.model_validate(shipped | merged)
+
+
+def test_keys_that_documents_name_exist() -> None:
+    """Such as `prune.weights`, with or without a value."""
+    known = {name for name, *_ in config.explained(config.load(ROOT / "params.yaml"))}
+    known |= {".".join(name.split(".")[:depth]) for name in known for depth in range(1, 4)}
+    for document in DOCUMENTS:
+        named = re.findall(r"`((?:" + "|".join(config.fields(config.Params)) + r")\.[a-z_.]+)\b", document.read_text())
+        assert {name for name in named if not name.endswith((".yaml", ".json"))} <= known, document
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data/recipes").glob("*.yaml")), ids=lambda path: path.name)
