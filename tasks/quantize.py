@@ -21,15 +21,14 @@ from onnxruntime.quantization import (
     qdq_loss_debug,
     quantize_static,
 )
-from onnxruntime.quantization.quant_utils import DEQUANT_OUTPUT_SUFFIX, QUANT_INPUT_SUFFIX, TENSOR_NAME_QUANT_SUFFIX
+from onnxruntime.quantization.quant_utils import DEQUANT_OUTPUT_SUFFIX, QUANT_INPUT_SUFFIX
 
-from tasks.core import codebook, config, dataset, files, graph, paths, session
+from tasks.core import codebook, config, dataset, files, graph, paths, rounding, session
 from tasks.core.dataset import Preprocessing
 from tasks.core.errors import StageError, run
 
 BATCH = 32
 SEEN = 8  # images whose tensors are looked at, all at once
-LARGEST = 127  # of the int8 grid, which is symmetric
 QUANTIZED = ("Conv", "Gemm", "MatMul", "Add", "Clip", "Relu", "MaxPool", "AveragePool", "GlobalAveragePool", "Flatten")
 
 
@@ -101,7 +100,7 @@ def quantize(
     onnx.helper.set_model_props(quantized, properties)
     check_scales(quantized)
     if params.factor is not None:
-        round_weights(quantized, original, params.factor)
+        rounding.apply(quantized, original, params.factor)
     return quantized
 
 
@@ -109,65 +108,6 @@ def layer(node: onnx.NodeProto) -> str:
     """The name of the layer in PyTorch whose weights the node reads, or an empty one."""
     weight = node.input[1] if node.op_type in graph.WEIGHTED else ""
     return str(weight.removesuffix(DEQUANT_OUTPUT_SUFFIX).removesuffix(".weight"))
-
-
-def round_weights(quantized: onnx.ModelProto, original: onnx.ModelProto, factor: float) -> None:
-    """Make every int8 weight round(w * factor), clipped to -127..127, with the one scale 1 / factor, in place.
-
-    Biases follow, on the scale of their layer's input times that of its weights. `StageError` if nothing would be left
-    of a layer's weights, or if a bias would be too large for int32.
-    """
-    constants, scale = graph.Constants(quantized), np.float32(1 / factor)
-    floats, makers = graph.initializers(original), {node.output[0]: node for node in quantized.graph.node}
-
-    def put(dequantizer: onnx.NodeProto, codes: npt.NDArray[Any], scale: np.float32) -> None:
-        for name, values in zip(dequantizer.input, (codes, np.asarray(scale), np.zeros((), codes.dtype)), strict=True):
-            constants.tensors[name].CopyFrom(numpy_helper.from_array(values, name))
-
-    for dequantizer, weights in rounded(quantized, original):
-        codes = np.rint(weights * factor).clip(-LARGEST, LARGEST).astype(np.int8)
-        if weights.any() and not codes.any():
-            raise StageError(f"quantize.factor {factor:g} leaves nothing of {_name(dequantizer)}: raise it")
-        put(dequantizer, codes, scale)
-    for node in quantized.graph.node:
-        bias = constants.dequantized.get(node.input[2]) if len(node.input) > 2 else None
-        if node.op_type not in graph.WEIGHTED or node.input[1] not in constants.dequantized or bias is None:
-            continue
-        codes, old, source = (
-            numpy_helper.to_array(constants.tensors[name]) for name in (*bias.input[:2], makers[node.input[0]].input[1])
-        )
-        # ONNX Runtime gives a bias that layers share to each under a new name; then what it made of it has to do.
-        exact = numpy_helper.to_array(floats[_name(bias)]) if _name(bias) in floats else codes * old
-        step = np.float32(source * scale)
-        codes = np.rint(exact.astype(np.float64) / step)
-        if abs(codes).max() > np.iinfo(np.int32).max:
-            raise StageError(f"quantize.factor {factor:g} makes {_name(bias)} too large for int32: lower it")
-        put(bias, codes.astype(np.int32), step)
-
-
-def rounded(quantized: onnx.ModelProto, original: onnx.ModelProto) -> list[tuple[onnx.NodeProto, npt.NDArray[Any]]]:
-    """What dequantizes each int8 weight of convolutions and matrix products, and its float64 values before."""
-    dequantized, floats = graph.Constants(quantized).dequantized, graph.initializers(original)
-    read = {node.input[1]: None for node in quantized.graph.node if node.op_type in graph.WEIGHTED}
-    found = [dequantized[name] for name in read if name in dequantized]
-    return [(node, numpy_helper.to_array(floats[_name(node)]).astype(np.float64)) for node in found]
-
-
-def _name(dequantizer: onnx.NodeProto) -> str:
-    """The name that the constant had in float."""
-    return str(dequantizer.input[0]).removesuffix(TENSOR_NAME_QUANT_SUFFIX)
-
-
-def lost(quantized: onnx.ModelProto, original: onnx.ModelProto, factor: float) -> dict[str, int | float]:
-    """Of the int8 weights that are not zero: how many there are, how many the factor clips, how many become zero."""
-    exact = np.concatenate([np.rint(w[w != 0] * factor) for _, w in rounded(quantized, original)])
-    clipped, zeroed = int((abs(exact) > LARGEST).sum()), int((exact == 0).sum())
-    return {
-        "rounded_weights": exact.size,
-        "clipped_weights": clipped,
-        "zeroed_weights": zeroed,
-        "zeroed_share": zeroed / max(1, exact.size),
-    }
 
 
 def check_scales(model: onnx.ModelProto) -> None:
@@ -268,6 +208,13 @@ def main() -> None:
     print(f"calibrating on {len(images)} images", flush=True)
     float32 = files.read_json(paths.PLAN)["float32"]
     quantized = quantize(source, images, preprocessing, params, float32)
+    lost: dict[str, int | float] = {}
+    if params.factor is not None:
+        lost = rounding.lost(quantized, onnx.load(source), params.factor)
+        print(
+            f"factor {params.factor:g}: of {lost['rounded_weights']:,} weights {lost['clipped_weights']:,} are clipped "
+            f"and {lost['zeroed_weights']:,} become 0 ({lost['zeroed_share']:.1%})"
+        )
     history: list[dict[str, float]] = []
     if params.qat:
         before, after = val_top1(source), val_top1(shared(quantized, params.codebook).SerializeToString())
@@ -293,13 +240,8 @@ def main() -> None:
         "float_layers": len(left),
         "qat": history,
         "sensitivities": noise,
+        **lost,
     }
-    if params.factor is not None:
-        metrics |= (gone := lost(quantized, onnx.load(source), params.factor))
-        print(
-            f"factor {params.factor:g}: of {gone['rounded_weights']:,} weights {gone['clipped_weights']:,} are clipped "
-            f"and {gone['zeroed_weights']:,} become 0 ({gone['zeroed_share']:.1%})"
-        )
     files.write_json(paths.report("quantize"), metrics)
     print(f"quantize: val top-1 {metrics['val_top1']:.2%}, calibrated on {len(images)} training images")
 

@@ -15,9 +15,9 @@ from conftest import CALIBRATION, CLASSES, MASKED, ROOT, Network, Repository, pn
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from tasks.core import config, dataset, files, graph, session
+from tasks.core import config, dataset, files, graph, rounding, session
 from tasks.core.errors import StageError
-from tasks.quantize import BATCH, Reader, calibration_images, check_scales, float_layers, lost, quantize, sensitivities
+from tasks.quantize import BATCH, Reader, calibration_images, check_scales, float_layers, quantize, sensitivities
 
 Networks = Callable[[str], Network]
 
@@ -244,7 +244,7 @@ def test_what_a_factor_loses_is_counted(networks: Networks, images: list[bytes])
     model = quantize(network.path, images, network.preprocessing, by_factor(900.0))
     clipped, zeroed = int((abs(np.rint(every * 900)) > 127).sum()), int((abs(every * 900) <= 0.5).sum())
     assert min(clipped, zeroed) > 0
-    assert lost(model, original, 900.0) == {
+    assert rounding.lost(model, original, 900.0) == {
         "rounded_weights": len(every),
         "clipped_weights": clipped,
         "zeroed_weights": zeroed,
@@ -453,7 +453,7 @@ def test_the_stage_tells_what_a_factor_loses(repository: Repository, networks: N
     assert (done.returncode, done.stderr) == (0, "")
     model = onnx.load(repository.model("quantize"))
     report = json.loads(repository.report("quantize").read_text())
-    told = lost(model, onnx.load(network.path), 100)
+    told = rounding.lost(model, onnx.load(network.path), 100)
     assert report.items() >= told.items()
     assert 0 < report["zeroed_share"] < 1
     says = (

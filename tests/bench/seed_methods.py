@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tasks import ingest, prune, quantize, reduce
-from tasks.core import backbone, config, dataset, files, graph, masks, paths, session, training
+from tasks.core import backbone, config, dataset, files, graph, masks, paths, rounding, session, training
 from tasks.core.errors import StageError, run
 from tasks.core.export import export
 
@@ -123,7 +123,7 @@ def finished(method: str, source: Path, on: Task, factor: float | None = None) -
     onnx.save(quantized, before)
     onnx.save(reduce.reduce(quantized)[0], after)
     reduce.prove(before, after, on.folder / "test.parquet", threads=1)
-    return measure(method, after, on) | (quantize.lost(quantized, onnx.load(source), factor) if factor else {})
+    return measure(method, after, on) | (rounding.lost(quantized, onnx.load(source), factor) if factor else {})
 
 
 def runs(seed: int, digits: Task, fashion: Task) -> list[dict[str, Any]]:
