@@ -39,8 +39,8 @@ THRESHOLD = 0.3
 FACTORS = (10, 32, 100, 1000)
 LAYER_THRESHOLD = 0.5
 HEADER = (
-    f"{'data':7} {'method':45} {'top-1':>14} {'weights':>8} {'bytes':>8} {'.zst':>8} {'times':>6}\n"
-    f"{'':7} {'':45} {'':>14} {'not 0':>8} {'':>8} {'bytes':>8} {'less':>6}"
+    f"{'data':7} {'method':50} {'top-1':>14} {'weights not 0':>15} {'bytes':>7} {'.zst':>7} {'times':>5}\n"
+    f"{'':7} {'':50} {'':>14} {'least-most':>15} {'':>7} {'bytes':>7} {'less':>5}"
 )
 
 
@@ -181,20 +181,22 @@ def runs(seed: int, digits: Task, fashion: Task) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]], fp32: float) -> dict[str, Any]:
-    """The runs of one line as means, and the spread of their top-1."""
-    numbers = ("top1", "nonzero_weights", "bytes", "zst_bytes", "clipped_weights", "zeroed_weights")
+    """The runs of one line as means, the spread of their top-1, and how many weights stayed, at least and at most."""
+    numbers = ("top1", "bytes", "zst_bytes", "clipped_weights", "zeroed_weights")
     found = {name: statistics.fmean(row[name] for row in rows) for name in numbers if name in rows[0]}
     spread = statistics.stdev(row["top1"] for row in rows) if len(rows) > 1 else 0.0
-    named = {name: rows[0][name] for name in ("data", "method")}
+    left = [row["nonzero_weights"] for row in rows]
+    named = {name: rows[0][name] for name in ("data", "method")} | {"nonzero_weights": [min(left), max(left)]}
     return named | found | {"top1_spread": spread, "times_less": fp32 / found["zst_bytes"]}
 
 
 def line(row: dict[str, Any]) -> str:
     """The row as text under HEADER."""
     top1 = f"{row['top1']:.2%} ± {100 * row['top1_spread']:.2f}"
+    weights = "-".join(f"{count:,}" for count in row["nonzero_weights"])
     return (
-        f"{row['data']:7} {row['method']:45} {top1:>14} {row['nonzero_weights']:8,.0f} {row['bytes']:8,.0f} "
-        f"{row['zst_bytes']:8,.0f} {row['times_less']:6.1f}"
+        f"{row['data']:7} {row['method']:50} {top1:>14} {weights:>15} {row['bytes']:7,.0f} "
+        f"{row['zst_bytes']:7,.0f} {row['times_less']:5.1f}"
     )
 
 
