@@ -1,0 +1,194 @@
+"""Random budgets, measured again: `python tests/bench/budgets.py [--recover]`, after `make run`.
+
+Ten feasible budgets of bytes, milliseconds or both are drawn log-uniformly between the least that can be left of the
+network and the whole of it. Each is met as the pipeline meets it: prune, export, quantize, reduce; without recovery
+unless it is asked for, since neither bytes nor milliseconds depend on it. Then the bytes of the files are counted, and
+all models are timed in one run beside the fine-tuned one. Three infeasible budgets have to be refused, and what is
+offered instead has to be met as well. Prints a table, writes data/reports/bench/budgets.json, and ends with status 1 if
+a budget is missed. Some minutes.
+"""
+
+import argparse
+import contextlib
+import copy
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from peers import REFERENCE, REPETITIONS, medians
+
+from flows import search
+from tasks import benchmark, prune, quantize, reduce
+from tasks.core import backbone, config, costs, files, importance, paths, training
+from tasks.core.errors import StageError, run
+from tasks.core.export import export
+
+REPORT = paths.REPORTS / "bench" / "budgets.json"
+SEED, FEASIBLE = 0, 10
+KINDS = (("size_bytes",), ("latency_ms",), ("size_bytes", "latency_ms"))
+INFEASIBLE = 0.7  # of the least that can be had
+OFFER = re.compile(r"has max_size_bytes (?P<size_bytes>\d+), max_latency_ms (?P<latency_ms>[\d.e-]+)")
+HEADER = (
+    f"{'':>9} {'budget':>10} {'planned':>10} {'measured':>10} {'ratio':>6} | "
+    f"{'budget ms':>9} {'planned':>8} {'measured':>8} {'ratio':>6}"
+)
+
+Limits = dict[str, float]  # by field of `costs.Cost`
+
+
+class Job(NamedTuple):
+    """What every budget starts from."""
+
+    params: config.Params
+    teacher: nn.Module
+    spec: backbone.Spec
+    table: costs.Table
+    calibration: list[bytes]
+    folder: Path
+
+
+@contextlib.contextmanager
+def looked_at_once(job: Job, recover: bool) -> Iterator[None]:
+    """What `prune.compress` sees of the whole network is the same for every budget, and takes most of its time.
+
+    Nor does it matter here, without recovery, what top-1 is left: no budget limits its drop.
+    """
+    teacher, spec = job.teacher, job.spec
+    train, val = (training.Images(split, spec.preprocessing, spec.classes) for split in (paths.TRAIN, paths.VAL))
+    example = torch.stack([val[index][0] for index in range(2)])
+    effects = importance.blocks(teacher, example, lambda: training.evaluate(teacher, val)[1])
+    survey, head = prune.survey, backbone.head(teacher)
+    whole = survey(copy.deepcopy(teacher), effects, train, example, head)
+
+    def surveyed(net: nn.Module, asked: dict[str, float], *more: Any) -> Any:
+        return whole if asked else survey(net, asked, *more)  # nothing is asked of what is left without blocks
+
+    evaluate = training.evaluate if recover else lambda *_: (0.0, 0.0)
+    with (
+        patch.object(importance, "blocks", lambda *_: effects),
+        patch.object(prune, "survey", surveyed),
+        patch.object(training, "evaluate", evaluate),
+    ):
+        yield
+
+
+def drawn(within: search.Bounds) -> list[Limits]:
+    """The feasible budgets, kind by kind in turn."""
+    random = np.random.default_rng(SEED)
+    budgets = []
+    for number in range(FEASIBLE):
+        ends = {name: np.log(within[name]) for name in KINDS[number % len(KINDS)]}
+        budgets.append({name: search.upward(float(np.exp(random.uniform(*end))), name) for name, end in ends.items()})
+    return budgets
+
+
+def compressed(job: Job, limits: Limits, path: Path) -> costs.Cost:
+    """Write the reduced model for the budget; returns what it costs by the table. `StageError` if nothing fits."""
+    budget = config.Compress(**{f"max_{name}": limit for name, limit in limits.items()})
+    with tempfile.TemporaryDirectory(dir=job.folder) as scratch:
+        checkpoint, masked = Path(scratch) / "checkpoint.pt", Path(scratch) / "masked.onnx"
+        found = prune.compress(
+            job.teacher, job.spec, budget, job.params.prune, job.table, paths.TRAIN, paths.VAL, checkpoint
+        )
+        export(found.net, job.spec, masked)
+        quantized = quantize.quantize(
+            masked, job.calibration, job.spec.preprocessing, job.params.quantize, found.plan["float32"]
+        )
+    onnx.save(reduce.reduce(quantized)[0], path)
+    return costs.Cost(found.plan["size_bytes"], found.plan["latency_ms"])
+
+
+def offered(job: Job, limits: Limits) -> tuple[str, Limits | None]:
+    """What is said to an infeasible budget, and the budget that is offered in its place; None if it was not refused."""
+    try:
+        compressed(job, limits, job.folder / "infeasible.onnx")
+    except StageError as error:
+        offer = OFFER.search(str(error))
+        return str(error), offer and {name: float(value) for name, value in offer.groupdict().items()}
+    return "", None
+
+
+def row(name: str, limits: Limits, planned: costs.Cost, measured: costs.Cost) -> dict[str, Any]:
+    """A budget and what became of it."""
+    met = all(getattr(measured, key) <= limit for key, limit in limits.items())
+    return {"name": name, "budget": limits, "planned": planned._asdict(), "measured": measured._asdict(), "met": met}
+
+
+def line(entry: dict[str, Any]) -> str:
+    """The row as text under HEADER; a ratio is that of measured to planned."""
+    cells = []
+    for key, form, width in (("size_bytes", ",.0f", 10), ("latency_ms", ".4f", 8)):
+        limit, planned, measured = entry["budget"].get(key), entry["planned"][key], entry["measured"][key]
+        asked = "-" if limit is None else f"{limit:{form}}"
+        cells.append(f"{asked:>{max(width, 9)}} {planned:{width}{form}} {measured:{width}{form}}")
+        cells[-1] += f" {measured / planned:6.3f}"
+    return f"{entry['name']:>9} {' | '.join(cells)} {'met' if entry['met'] else 'MISSED'}"
+
+
+def measure(job: Job, within: search.Bounds) -> dict[str, Any]:
+    """All budgets: rows, refusals, and the milliseconds of the fine-tuned model."""
+    budgets = {f"{number}": limits for number, limits in enumerate(drawn(within), 1)}
+    least = {name: low * INFEASIBLE for name, (low, _) in within.items()}
+    refusals = []
+    for number, kind in enumerate(KINDS, 1):
+        limits = {name: search.upward(least[name], name) for name in kind}
+        said, offer = offered(job, limits)
+        refusals.append({"budget": limits, "said": said, "offer": offer})
+        print(f"{limits}: {said or 'NOT REFUSED'}", flush=True)
+        if offer:
+            budgets[f"offer {number}"] = offer
+    models = {name: job.folder / f"{name}.onnx" for name in (REFERENCE, *budgets)}
+    planned = {name: compressed(job, limits, models[name]) for name, limits in budgets.items()}
+    export(job.teacher, job.spec, models[REFERENCE])
+    times = {name: found["latency_p50_ms"] for name, found in medians(models, job.params.benchmark).items()}
+    found = {name: costs.Cost(models[name].stat().st_size, times[name]) for name in budgets}
+    return {
+        "rows": [row(name, limits, planned[name], found[name]) for name, limits in budgets.items()],
+        "refusals": refusals,
+        "finetune_latency_p50_ms": times[REFERENCE],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--recover", action="store_true", help="recover each network as params.yaml says: hours")
+    recover = parser.parse_args().recover
+    os.chdir(ROOT)
+    for path in (paths.weights("finetune"), paths.TRAIN, paths.VAL):
+        if not path.exists():
+            raise StageError(f"{path} is missing: run `make run` first")
+    params = config.load()
+    if not recover:
+        params = params.model_copy(update={"prune": params.prune.model_copy(update={"recovery": None})})
+    teacher, spec = backbone.load(paths.weights("finetune"), paths.spec("finetune"))
+    calibration = quantize.calibration_images(paths.TRAIN, params.classes, params.quantize.calibration_images)
+    with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
+        job = Job(params, teacher, spec, costs.read(paths.DEVICE), calibration, Path(scratch))
+        with looked_at_once(job, recover):
+            found = measure(job, search.bounds(params))
+    print("", HEADER, *map(line, found["rows"]), sep="\n")
+    ratios = [one["measured"]["latency_ms"] / one["planned"]["latency_ms"] for one in found["rows"]]
+    print(f"measured milliseconds are {min(ratios):.3f} to {max(ratios):.3f} times the planned ones")
+    profile = params.benchmark.model_dump() | {"repetitions": REPETITIONS}
+    files.write_json(
+        REPORT, {"seed": SEED, "margin": prune.MARGIN, "profile": profile, "processor": benchmark.processor()} | found
+    )
+    missed = [one["name"] for one in found["rows"] if not one["met"]]
+    sys.exit(bool(missed) or not all(one["offer"] for one in found["refusals"]))
+
+
+if __name__ == "__main__":
+    run(main)
