@@ -218,19 +218,20 @@ def remove_channels(model: onnx.ModelProto) -> bool:
     """Remove every removable channel, in place; returns whether there was any."""
     unshare(model)
     found = False
-    while _cut_first(model):
+    while _cut_all(model):
         found = True
     return found
 
 
-def _cut_first(model: onnx.ModelProto) -> bool:
-    constants = graph.Constants(model)
+def _cut_all(model: onnx.ModelProto) -> bool:
+    """One pass over the classes: what is zero, or is not read, stays so when channels of other classes go."""
+    constants, found = graph.Constants(model), False
     for member in classes(model, constants, layers(model, constants)):
         gone = removable(member)
         if gone.any():
             _cut(member, ~gone, constants)
-            return True
-    return False
+            found = True
+    return found
 
 
 def _cut(member: ChannelClass, kept: Mask, constants: graph.Constants) -> None:
