@@ -12,7 +12,7 @@ help:
 	@echo "make run [PARAMS=FILE]   the whole job: data in, decision out"
 	@echo "make test                every test"
 	@echo "make check               ruff, mypy, documents in step with the code"
-	@echo "make bench               the last run's model beside its peers, the LeNets of Deep Compression, the seed's methods"
+	@echo "make bench               the last run's model beside its peers; budgets, ablation, scaling; LeNets; hours"
 	@echo "make digits              the data of data/recipes/mlp-digits.yaml"
 
 run: setup
@@ -30,8 +30,11 @@ check: setup
 
 bench: digits
 	$(BIN)/python tests/bench/peers.py
-	$(BIN)/python tests/bench/deep_compression.py
+	$(BIN)/python tests/bench/budgets.py
 	$(BIN)/python tests/bench/seed_methods.py
+	$(BIN)/python tests/bench/deep_compression.py
+	$(BIN)/python tests/bench/scaling.py
+	$(BIN)/python tests/bench/ablation.py
 
 setup: .venv/.ready
 
