@@ -1,12 +1,15 @@
 """costs: what the table says between its points, what it refuses, and that ONNX Runtime runs what is measured."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Network
 
 from tasks.core import costs
 from tasks.core.costs import Operator
 from tasks.core.errors import StageError
+from tasks.reduce import reduce
 
 CONV = Operator("conv", 1, 1, 8, 8)
 TABLE: costs.Table = {
@@ -84,6 +87,27 @@ def test_a_front_is_left_in_float_only_where_that_is_faster(kind: costs.Kind, we
     table = {(front, 3, 16): -0.5, (front, 3, 32): 0.25}
     assert costs.cost(table, front, 3, 16) == (3 * 16 * weights, -0.5)
     assert costs.cost(table, front, 3, 32) == (0, 0)
+
+
+def layer(shape: tuple[int, ...]) -> tuple[Operator, int, int]:
+    """The layer that has weights of this shape."""
+    outputs, inputs, *kernel = shape
+    if not kernel:
+        return Operator("linear", 1, 1, 1, 1), inputs, outputs
+    if inputs == 1:
+        return Operator("depthwise", kernel[0], 1, 8, 8), outputs, outputs
+    return Operator("conv", kernel[0], 1, 8, 8), inputs, outputs
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_050", "resnet18"])
+def test_bytes_foretell_the_reduced_file(name: str, networks: Callable[[str], Network]) -> None:
+    network = networks(name)
+    reduced, _ = reduce(network.quantized)
+    sums = [node.op_type for node in reduced.graph.node].count("Add")
+    expected = costs.size_bytes(Operator("frame", 1, 1, 32, 32), 3, 3)
+    expected += sums * costs.size_bytes(Operator("add", 1, 1, 8, 8), 32, 32)
+    expected += sum(costs.size_bytes(*layer(shape)) for shape in network.slim.values())
+    assert len(reduced.SerializeToString()) == pytest.approx(expected, rel=0.02)
 
 
 def test_much_more_work_takes_longer() -> None:
