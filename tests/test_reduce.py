@@ -163,6 +163,16 @@ def int8(tmp_path: Path, images: list[bytes]) -> Callable[[onnx.ModelProto], onn
 Int8 = Callable[[onnx.ModelProto], onnx.ModelProto]
 
 
+@pytest.mark.parametrize(("dead", "left"), [(1, 32), (4, 32), (5, 27), (14, 18), (17, 16)])
+def test_a_few_dead_channels_stay_where_they_fill_a_step_of_the_kernels(dead: int, left: int, int8: Int8) -> None:
+    b = Builder()
+    hidden = b.relu(b.conv("image", 32, dead=range(dead)))
+    model = int8(b.model(b.head(hidden)))
+    reduced, _ = reduce(model)
+    assert shapes(reduced)[0][0] == left
+    assert_same_bits(model, reduced)
+
+
 @pytest.mark.parametrize("kept", [["conv_stem"], ["conv_stem", "blocks.0.0.conv_dw"]])
 def test_layers_left_in_float_shrink_without_changing_a_bit(
     kept: list[str], networks: Callable[[str], Network], images: list[bytes]
