@@ -347,6 +347,7 @@ def _evidence(contents: dict[str, bytes], sha256: dict[str, str], decision: Deci
         made_of = documents.materials_of(json.loads(contents.get("provenance.json", b"")))
         outputs = {material.path: material for material in made_of.outputs}
         locked = {out["path"]: out["md5"] for _, out in materials.locked(contents.get("dvc.lock", b""))}
+        read = {dep["path"]: dep["md5"] for _, dep in materials.locked(contents.get("dvc.lock", b""), "deps")}
         verdict = registry.parsed(Verdict, contents.get("verdict.json", b""), "verdict.json")
     except (ValueError, RecursionError, RegistryError) as error:
         note("provenance.json, dvc.lock or verdict.json", "what belongs there", str(error))
@@ -360,6 +361,10 @@ def _evidence(contents: dict[str, bytes], sha256: dict[str, str], decision: Deci
     for name, path in CARRIED.items():
         if path.as_posix() in outputs and outputs[path.as_posix()].sha256 != sha256.get(name):
             note(name, f"SHA-256 {outputs[path.as_posix()].sha256}, as provenance.json says", str(sha256.get(name)))
+    device = str(paths.DEVICE)
+    found = hashlib.md5(contents.get(device, b""), usedforsecurity=False).hexdigest()
+    if device in contents and read.get(device) != found:
+        note(device, f"md5 {read.get(device)}, as dvc.lock says", found)
     for path, recorded in ((registry.MODEL, decision.model_sha256), (paths.TEST, decision.data_sha256)):
         if path.as_posix() not in outputs or outputs[path.as_posix()].sha256 != recorded:
             note("provenance.json", f"{path} with SHA-256 {recorded}", str(outputs.get(path.as_posix())))
@@ -400,8 +405,8 @@ def _follows(
             report=json.loads(contents.get("metrics.json", b"")),
             predictions=contents.get("predictions.csv", b""),
             champion=json.loads(contents.get("champion.json", b"")),
-            golden_sha256=golden.sha256 if golden else "",
-            packed_sha256=packed.sha256 if packed else "",
+            golden_sha256=golden.sha256 if golden else None,
+            packed_sha256=packed.sha256 if packed else None,
             infra=recorded.get("infra"),
             judged=gate.Judged(*told),
         )

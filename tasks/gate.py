@@ -44,8 +44,8 @@ class Evidence(NamedTuple):
     report: Any  # benchmark.json
     predictions: bytes  # predictions.csv
     champion: Any  # champion.json
-    golden_sha256: str
-    packed_sha256: str  # of the shipped file packed for the way there
+    golden_sha256: str | None
+    packed_sha256: str | None  # of the shipped file packed for the way there
     infra: Any  # how the shipped file met the golden outputs in a fresh process
     judged: Judged
 

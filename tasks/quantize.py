@@ -134,7 +134,8 @@ def sensitivities(
     """By layer, the noisiest output first, what int8 does to it: signal to quantization noise in decibels.
 
     `weights_db` is of the layer's weights; `output_db` of its output on SEEN images, with all layers before it in int8
-    too. Layers that stay in float, or that have no weights left, are not listed.
+    too. Layers that stay in float, or that have no weights left, are not listed; codes that are shared later are not
+    looked at.
     """
     inputs = {"image": np.stack([dataset.tensor(image, preprocessing) for image in images[:SEEN]])}
     found = []
@@ -185,9 +186,9 @@ def trained(quantized: onnx.ModelProto, params: config.Qat, levels: int | None) 
 
     teacher, spec = backbone.load(paths.weights("prune"), paths.spec("prune"))
     training.make_deterministic(params.training.seed)
-    checkpoint = training.checkpoint_path(
-        f"quantize-{levels}", paths.TRAIN, paths.VAL, paths.onnx("prune"), params=params, spec=spec
-    )
+    begun = files.sha256_of(quantized.SerializeToString(deterministic=True))[:16]  # its scales are kept, too
+    inputs = (paths.TRAIN, paths.VAL, paths.weights("prune"))
+    checkpoint = training.checkpoint_path(f"quantize-{levels}-{begun}", *inputs, params=params, spec=spec)
     images, held_out = (training.Images(split, spec.preprocessing, spec.classes) for split in (paths.TRAIN, paths.VAL))
     floats = graph.initializers(onnx.load(paths.onnx("prune")))
     history = qat.train(quantized, floats, teacher, params, images, held_out, checkpoint, levels)
@@ -220,7 +221,13 @@ def main() -> None:
         before, after = val_top1(source), val_top1(shared(quantized, params.codebook).SerializeToString())
         print(f"val top-1 {before:.2%}, calibrated {after:.2%}", flush=True)
         if before - after > params.qat.max_top1_drop:
-            history = trained(quantized, params.qat, params.codebook)
+            candidate = onnx.ModelProto()
+            candidate.CopyFrom(quantized)
+            history = trained(candidate, params.qat, params.codebook)
+            if val_top1(shared(candidate, params.codebook).SerializeToString()) >= after:
+                quantized = candidate
+            else:
+                print("training on the int8 grid has made it worse: the calibrated model stays", flush=True)
     noise = sensitivities(source, quantized, images, preprocessing)
     quantized = shared(quantized, params.codebook)
     with files.replacing(paths.onnx("quantize")) as (temporary,):

@@ -177,7 +177,8 @@ class Ledger:
         self.cached(folder["md5"]).parent.mkdir(parents=True, exist_ok=True)
         if not self.cached(folder["md5"]).exists():
             self.cached(folder["md5"]).write_bytes(listing)
-        stage = {"cmd": "true", "outs": sorted([*outs, folder], key=lambda out: str(out["path"]))}
+        table = {"path": str(paths.DEVICE), "hash": "md5", "md5": materials.hashes(self.root / paths.DEVICE)[0]}
+        stage = {"cmd": "true", "deps": [table], "outs": sorted([*outs, folder], key=lambda out: str(out["path"]))}
         with (self.root / "dvc.lock").open("w") as file:
             YAML().dump({"schema": "2.0", "stages": {"build": stage}}, file)
 

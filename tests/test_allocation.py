@@ -108,6 +108,21 @@ def test_a_front_that_is_faster_in_float_is_left_so_and_counted(gain: float) -> 
     assert plain.float32 == []
 
 
+def test_a_front_goes_with_the_block_that_its_last_layer_is_in() -> None:
+    front = Operator("front depthwise", 1, 1, 64, 64)
+    stem, block, *_ = network().layers
+    layers = [
+        stem,
+        block._replace(operator=SLOW),
+        block._replace(name="block.conv", operator=front, reads=None, inputs=3),
+    ]
+    fronts = table() | {(front, 3, width): -0.01 for width in (16, 32, 64)}
+    small = Network(layers, network().channels, {"block": 1e-9})
+    assert allocation.allocate(small, allocation.ANYTHING, fronts).float32 == ["stem", "block.conv"]
+    plan = allocation.allocate(small, allocation.NOTHING, fronts)
+    assert (plan.blocks, plan.float32) == (["block"], [])
+
+
 def test_what_a_plan_could_ask_for_is_what_is_needed() -> None:
     points = allocation.needed(network())
     plan = allocation.allocate(network(), allocation.NOTHING, dict.fromkeys(points, 1.0))

@@ -205,7 +205,17 @@ def test_values_are_those_of_the_file(tmp_path: Path) -> None:
         ("weights: null", "weights: {threshold: 0.1, sparsity: 0.1}", "prune.weights: give threshold or sparsity"),
         ("reduce_range: false", "factor: 0", "quantize.factor: Input should be greater than or equal to"),
         ("reduce_range: false", "factor: .inf", "quantize.factor: Input should be a finite number"),
-        ("reduce_range: false", "reduce_range: true\n  factor: 32", "quantize: factor goes without reduce_range: its"),
+        (
+            "reduce_range: false",
+            "reduce_range: true\n  factor: 32",
+            "quantize: factor goes without reduce_range, which",
+        ),
+        (
+            "reduce_range: false",
+            "reduce_range: true\n  codebook: 8",
+            "quantize: reduce_range goes without codebook, which",
+        ),
+        ("reduce_range: false", "factor: 32\n  codebook: 8", "quantize: factor goes without codebook, which puts"),
         ("    seed: 0\n\ncompress", "    seed: 0\n    seed: 1\n\ncompress", ' is not YAML: found duplicate key "seed"'),
         ("model: classifier", "model: [", " is not YAML: "),
         ("model: classifier", "model: 2025-13-40", " is not YAML: month must be in 1..12"),

@@ -196,6 +196,7 @@ def test_judging_leaves_the_evidence_as_it_was() -> None:
         (("golden_sha256",), MODEL, ["golden_sha256"]),
         (("report", "packed_sha256"), MODEL, ["packed_sha256"]),
         (("packed_sha256",), MODEL, ["packed_sha256"]),
+        (("packed_sha256",), None, ["packed_sha256"]),
         (("judged",), JUDGED._replace(model_sha256=DATA), ["model_sha256"]),
         (("judged",), JUDGED._replace(data_sha256=MODEL), ["data_sha256"]),
         (("judged",), JUDGED._replace(model_sha256="9" * 64), ["model_sha256", "rolled_back"]),

@@ -179,6 +179,22 @@ def test_training_brings_top1_back_and_zeros_and_scales_stay(case: Case) -> None
     assert reduced.ByteSize() < 0.85 * trained.ByteSize()
 
 
+def test_the_stage_keeps_the_calibrated_model_where_training_makes_it_worse(repository: Repository) -> None:
+    case = Case(repository.root)
+    weights, spec = (repository.root / path("prune") for path in (paths.weights, paths.spec))
+    backbone.save(case.teacher, case.spec, weights, spec)
+    files.write_json(repository.root / paths.PLAN, {"float32": []})
+    wild = QAT | {"training": SCHEDULE | {"epochs": 1, "learning_rate": 50.0}}
+    repository.params(quantize={"calibration_images": 64, "percentile": 55.0, "qat": wild})
+    done = repository.run("quantize")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "training on the int8 grid has made it worse: the calibrated model stays" in done.stdout
+    kept = repository.model("quantize").read_bytes()
+    repository.params(quantize={"calibration_images": 64, "percentile": 55.0, "qat": None})
+    assert repository.run("quantize").returncode == 0
+    assert repository.model("quantize").read_bytes() == kept
+
+
 def test_training_keeps_to_a_codebook(case: Case) -> None:
     """Three codes a tensor: too few for what was trained without them, enough for what is trained with them."""
     model = case.quantized(CALIBRATION)

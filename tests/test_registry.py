@@ -208,7 +208,9 @@ def test_the_users_branch_index_and_work_tree_stay_untouched(root: Path) -> None
     assert git(root, "status", "--porcelain").split("\n") == ["M  .gitignore", "?? deploy/", "?? notes.txt"]
 
 
-@pytest.mark.parametrize("path", [paths.onnx("reduce"), paths.TEST, paths.report("benchmark"), paths.report("gate")])
+@pytest.mark.parametrize(
+    "path", [paths.onnx("reduce"), paths.TEST, paths.report("benchmark"), paths.report("gate"), paths.DEVICE]
+)
 def test_a_lock_that_names_another_file_decides_nothing(root: Path, path: Path) -> None:
     judge(root, 1)
     text = (root / "dvc.lock").read_text()
@@ -312,7 +314,9 @@ def test_a_verdict_at_odds_with_its_checks_is_a_refusal(root: Path, passed: tupl
     assert git(root, "tag") == ""
 
 
-@pytest.mark.parametrize("path", ["params.yaml", "dvc.lock", ".dvc/config", "data/reports/gate.json"])
+@pytest.mark.parametrize(
+    "path", ["params.yaml", "dvc.lock", ".dvc/config", "data/device.json", "data/reports/gate.json"]
+)
 def test_a_missing_file_is_named(root: Path, path: str) -> None:
     (root / path).unlink()
     with pytest.raises((RegistryError, ParamsError), match=f"{path} (is missing|does not exist)"):

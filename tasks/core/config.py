@@ -211,8 +211,12 @@ class Quantize(Section):
 
     @model_validator(mode="after")
     def _one_range_of_weights(self) -> Self:
-        if self.factor is not None and self.reduce_range:
-            raise ValueError("factor goes without reduce_range: its weights take all of int8")
+        alone = {"factor": self.factor is not None, "reduce_range": self.reduce_range}
+        for name in (name for name, given in alone.items() if given):
+            others = alone | {"codebook": self.codebook is not None, "qat": self.qat is not None}
+            other = next((other for other, given in others.items() if given and other != name), None)
+            if other:
+                raise ValueError(f"{name} goes without {other}, which puts the weights on a grid of its own")
         return self
 
 

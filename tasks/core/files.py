@@ -106,11 +106,11 @@ def packed(data: bytes) -> bytes:
 
 
 def unpacked(path: Path) -> bytes:
-    """What a file of `packed` bytes holds; `WeighinError` if it is not one."""
+    """What a file of `packed` bytes holds; `WeighinError` if it is not one frame and nothing behind it."""
     import zstandard
 
     try:
-        return zstandard.ZstdDecompressor().decompress(path.read_bytes())
+        return zstandard.ZstdDecompressor().decompress(path.read_bytes(), allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise WeighinError(f"{path} does not unpack as Zstandard ({error}): run the stage that writes it") from None
 

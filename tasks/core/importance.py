@@ -86,7 +86,8 @@ def _front(layers: list[Layer]) -> list[Layer]:
         return []
     behind = [one for one in others if one.operator._replace(height=0, width=0) == Operator("depthwise", 3, 1, 0, 0)]
     kind: Kind = "front depthwise" if behind else "front"
-    return [stem._replace(name=(behind or [stem])[0].name, operator=stem.operator._replace(kind=kind))]
+    last = (behind or [stem])[0]
+    return [stem._replace(name=last.name, block=last.block, operator=stem.operator._replace(kind=kind))]
 
 
 def _ties(groups: list[tp.dependency.Group]) -> tuple[dict[nn.Module, int], dict[nn.Module, int]]:

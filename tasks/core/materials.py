@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -80,14 +80,14 @@ def outputs(root: Path, lock: bytes) -> tuple[Material, ...]:
     return tuple(found)
 
 
-def locked(lock: bytes) -> list[tuple[str, dict[str, Any]]]:
-    """The outputs in a dvc.lock, each with its stage; `RegistryError` if it is not one."""
+def locked(lock: bytes, kind: Literal["outs", "deps"] = "outs") -> list[tuple[str, dict[str, Any]]]:
+    """The outputs (or dependencies) in a dvc.lock, each with its stage; `RegistryError` if it is not one."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     try:
         stages = (YAML(typ="safe").load(lock.decode()) or {})["stages"]
-        return [(stage, out) for stage, entry in stages.items() for out in entry.get("outs", []) if out["md5"]]
+        return [(stage, out) for stage, entry in stages.items() for out in entry.get(kind, []) if out["md5"]]
     except (YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise RegistryError("dvc.lock is malformed: run the pipeline again") from None
 

@@ -503,8 +503,9 @@ def _require_judged(root: Path, verdict: Verdict, params: bytes) -> None:
 
 def _require_locked(root: Path, lock: bytes) -> None:
     # The lock is how the decided files are brought back, so it must name these very files.
-    recorded = {out["path"]: out["md5"] for _, out in materials.locked(lock)}
-    for path in (MODEL, paths.TEST, paths.report("benchmark"), paths.report("gate")):
+    parts = (*materials.locked(lock, "deps"), *materials.locked(lock))
+    recorded = {part["path"]: part["md5"] for _, part in parts}
+    for path in (MODEL, paths.TEST, paths.report("benchmark"), paths.report("gate"), paths.DEVICE):
         if recorded.get(path.as_posix()) != materials.hashes(root / path)[0]:
             raise RegistryError(f"dvc.lock does not name {path} as it is now: run the pipeline again, or `dvc commit`")
 
