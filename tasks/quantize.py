@@ -1,11 +1,15 @@
-"""quantize: int8 by calibration on training images; leaves a QDQ ONNX whose convolutions all run in integers."""
+"""quantize: int8 by calibration on training images, or by training on its grid; leaves a QDQ ONNX.
+
+All convolutions run in integers, but for those that the plan leaves in float32 because the device is faster so.
+"""
 
 import contextlib
+import copy
 import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +178,7 @@ def shared(quantized: onnx.ModelProto, levels: int | None) -> onnx.ModelProto:
     """The model with so many nonzero codes in each weight tensor, or as it is."""
     if levels is None:
         return quantized
-    model = onnx.ModelProto()
-    model.CopyFrom(quantized)
+    model = copy.deepcopy(quantized)
     codebook.apply(model, levels)
     return model
 
@@ -196,57 +199,76 @@ def trained(quantized: onnx.ModelProto, params: config.Qat, levels: int | None) 
     return history
 
 
+def settled(
+    quantized: onnx.ModelProto,
+    original: onnx.ModelProto,
+    params: config.Quantize,
+    val_top1: Callable[[onnx.ModelProto], float],
+) -> tuple[onnx.ModelProto, list[dict[str, float]]]:
+    """The calibrated model, or the trained one where calibration costs too much and training helps; and its history."""
+    if params.qat is None:
+        return quantized, []
+    before, after = val_top1(original), val_top1(shared(quantized, params.codebook))
+    print(f"val top-1 {before:.2%}, calibrated {after:.2%}", flush=True)
+    if before - after <= params.qat.max_top1_drop:
+        return quantized, []
+    candidate = copy.deepcopy(quantized)
+    history = trained(candidate, params.qat, params.codebook)
+    if val_top1(shared(candidate, params.codebook)) >= after:
+        return candidate, history
+    print("training on the int8 grid has made it worse: the calibrated model stays", flush=True)
+    return quantized, history
+
+
+def write(quantized: onnx.ModelProto, target: Path, in_float: int) -> list[str]:
+    """Write the model; returns the matrix products that stay in float though they are not the first `in_float` layers.
+
+    `StageError` if a convolution does.
+    """
+    with files.replacing(target) as (temporary,):
+        temporary.write_bytes(quantized.SerializeToString())
+        left = float_layers(temporary)[in_float:]
+        convolutions = [name for name in left if "Conv" in name]
+        if convolutions:
+            raise StageError(f"{target} still computes in float: {', '.join(convolutions)}")
+    return left
+
+
 def main() -> None:
     params = config.load().quantize
     source = paths.onnx("prune")
     preprocessing, classes = session.description(session.open_session(source, threads=1))
 
-    def val_top1(model: Path | bytes) -> float:
-        ready = session.open_session(model, threads=1)
+    def val_top1(model: onnx.ModelProto) -> float:
+        ready = session.open_session(model.SerializeToString(), threads=1)
         return session.top1(ready, dataset.batches(paths.VAL, preprocessing, classes, BATCH))
 
     images = calibration_images(paths.TRAIN, classes, params.calibration_images)
     print(f"calibrating on {len(images)} images", flush=True)
     float32 = files.read_json(paths.PLAN)["float32"]
-    quantized = quantize(source, images, preprocessing, params, float32)
+    if float32:
+        print(f"faster in float32 on the device, and left so: {', '.join(float32)}")
+    original = onnx.load(source)
+    calibrated = quantize(source, images, preprocessing, params, float32)
     lost: dict[str, int | float] = {}
     if params.factor is not None:
-        lost = rounding.lost(quantized, onnx.load(source), params.factor)
+        lost = rounding.lost(calibrated, original, params.factor)
         print(
             f"factor {params.factor:g}: of {lost['rounded_weights']:,} weights {lost['clipped_weights']:,} are clipped "
             f"and {lost['zeroed_weights']:,} become 0 ({lost['zeroed_share']:.1%})"
         )
-    history: list[dict[str, float]] = []
-    if params.qat:
-        before, after = val_top1(source), val_top1(shared(quantized, params.codebook).SerializeToString())
-        print(f"val top-1 {before:.2%}, calibrated {after:.2%}", flush=True)
-        if before - after > params.qat.max_top1_drop:
-            candidate = onnx.ModelProto()
-            candidate.CopyFrom(quantized)
-            history = trained(candidate, params.qat, params.codebook)
-            if val_top1(shared(candidate, params.codebook).SerializeToString()) >= after:
-                quantized = candidate
-            else:
-                print("training on the int8 grid has made it worse: the calibrated model stays", flush=True)
-    noise = sensitivities(source, quantized, images, preprocessing)
-    quantized = shared(quantized, params.codebook)
-    with files.replacing(paths.onnx("quantize")) as (temporary,):
-        temporary.write_bytes(quantized.SerializeToString())
-        left = float_layers(temporary)[len(float32) :]  # those that should be are the first of all
-        convolutions = [name for name in left if "Conv" in name]
-        if convolutions:
-            raise StageError(f"{paths.onnx('quantize')} still computes in float: {', '.join(convolutions)}")
-    if float32:
-        print(f"faster in float32 on the device, and left so: {', '.join(float32)}")
+    quantized, history = settled(calibrated, original, params, val_top1)
+    final = shared(quantized, params.codebook)
+    left = write(final, paths.onnx("quantize"), len(float32))
     if left:
         print(f"matrix products that stay in float: {', '.join(left)}")
     metrics: dict[str, Any] = {
-        "val_top1": val_top1(paths.onnx("quantize")),
+        "val_top1": val_top1(final),
         "calibration_images": len(images),
         "float32": float32,
         "float_layers": len(left),
         "qat": history,
-        "sensitivities": noise,
+        "sensitivities": sensitivities(source, quantized, images, preprocessing),
         **lost,
     }
     files.write_json(paths.report("quantize"), metrics)

@@ -2,9 +2,10 @@
 
 Tensors that must keep the same channels (through Add, activations, pooling, depthwise convolutions, Q/DQ) form a
 class. A channel of a class goes when everything that produces it makes exact zeros, or when everything that
-reads it has zero weights for it. With integer accumulation the removal is exact; that is then checked on every
-test image. (With its optimizations turned off ONNX Runtime computes the same file in float32: a long sum may then be
-split at another place, and a value be rounded otherwise by a step.)
+reads it has zero weights for it; where convolutions make whole vectors of channels, as many stay as fill one. With
+integer accumulation the removal is exact; that is then checked on every test image. (With its optimizations turned
+off ONNX Runtime computes the same file in float32: a long sum may then be split at another place, and a value be
+rounded otherwise by a step.)
 """
 
 import itertools
@@ -23,8 +24,7 @@ from tasks.core.errors import StageError, run
 from tasks.core.graph import Array, Mask
 
 BATCH = 250
-# Kernels take up to five times as long for 95 channels as for 96: the last few dead ones stay where they fill a step.
-STEP, SPARE = 16, 4
+VECTOR = 16  # channels that a kernel takes at once; with some left over it takes up to five times as long
 # These hand each channel on by itself, and zero as zero (Clip only where its range holds zero).
 CHANNELWISE = {
     "AveragePool",
@@ -191,7 +191,7 @@ def _collect(tied: Tied, pinned: set[str], found: list[Layer]) -> list[ChannelCl
 
 
 def removable(member: ChannelClass) -> Mask:
-    """Channels that go, which changes no result, bool (channels,); at least one always stays."""
+    """Channels that can go without changing any result, bool (channels,); at least one always stays."""
     zero = np.ones(member.channels, bool)
     for layer in (*member.producers, *member.depthwise):
         if layer.in_axis is not None:
@@ -204,9 +204,6 @@ def removable(member: ChannelClass) -> Mask:
     gone = zero | (unread if member.consumers else False)
     if gone.all():
         gone[0] = False
-    missing = -int((~gone).sum()) % STEP
-    if missing <= SPARE:
-        gone[np.flatnonzero(gone)[:missing]] = False
     return np.asarray(gone, bool)
 
 
@@ -233,10 +230,18 @@ def _cut_all(model: onnx.ModelProto) -> bool:
     constants, found = graph.Constants(model), False
     for member in classes(model, constants, layers(model, constants)):
         gone = removable(member)
+        if _in_vectors(member):
+            spare = -np.count_nonzero(~gone) % VECTOR
+            gone[np.flatnonzero(gone)[:spare]] = False
         if gone.any():
             _cut(member, ~gone, constants)
             found = True
     return found
+
+
+def _in_vectors(member: ChannelClass) -> bool:
+    """True if convolutions make whole vectors of channels, which a few dead ones are not worth breaking up for."""
+    return member.channels % VECTOR == 0 and any(layer.node.op_type == "Conv" for layer in member.producers)
 
 
 def _cut(member: ChannelClass, kept: Mask, constants: graph.Constants) -> None:

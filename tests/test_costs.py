@@ -107,7 +107,7 @@ def test_bytes_foretell_the_reduced_file(name: str, networks: Callable[[str], Ne
     expected = costs.size_bytes(Operator("frame", 1, 1, 32, 32), 3, 3)
     expected += sums * costs.size_bytes(Operator("add", 1, 1, 8, 8), 32, 32)
     expected += sum(costs.size_bytes(*layer(shape)) for shape in network.slim.values())
-    assert len(reduced.SerializeToString()) == pytest.approx(expected, rel=0.02)
+    assert len(reduced.SerializeToString()) == pytest.approx(expected, rel=0.005)
 
 
 def test_much_more_work_takes_longer() -> None:

@@ -41,13 +41,6 @@ QAT = {"max_top1_drop": 0.0, "temperature": 1.0, "teacher_share": 1.0, "training
 NARROW = CALIBRATION.model_copy(update={"percentile": 55.0})  # ranges so narrow that calibration alone costs much
 
 
-def zeros(model: onnx.ModelProto) -> dict[str, set[int]]:
-    """Where each integer constant is zero."""
-    constants = graph.Constants(model)
-    values = {name: constants.read(name) for name in constants.dequantized}
-    return {name: set(np.flatnonzero(codes == 0).tolist()) for name, codes in values.items() if codes is not None}
-
-
 @pytest.mark.parametrize("name", MASKED)
 def test_pytorch_answers_as_onnx_runtime_does(name: str, networks: Callable[[str], Network]) -> None:
     network = networks(name)
@@ -133,6 +126,19 @@ class Case:
         images = self.images(name)
         return torch.stack([images[index][0] for index in range(len(images))])
 
+    def train(self, model: onnx.ModelProto, levels: int | None = None, **floats: Any) -> list[dict[str, float]]:
+        """Train the model's weights, in place; some of those before quantization may be given otherwise."""
+        before = graph.initializers(onnx.load(self.root / self.path)) | floats
+        images, params = [self.images(name) for name in ("train", "val")], config.Qat.model_validate(QAT)
+        return qat.train(model, before, self.teacher, params, *images, self.root / "checkpoint.pt", levels)
+
+    def lay(self, repository: Repository, **options: Any) -> None:
+        """What the stage reads, in the repository."""
+        weights, spec = (repository.root / path("prune") for path in (paths.weights, paths.spec))
+        backbone.save(self.teacher, self.spec, weights, spec)
+        files.write_json(repository.root / paths.PLAN, {"float32": []})
+        repository.params(quantize={"calibration_images": 64, "percentile": NARROW.percentile} | options)
+
     def quantized(self, params: config.Quantize = NARROW) -> onnx.ModelProto:
         return quantize(self.root / self.path, self.images("train").images[:64], self.spec.preprocessing, params)
 
@@ -151,27 +157,21 @@ def top1(case: Case, model: onnx.ModelProto) -> float:
 def test_training_brings_top1_back_and_zeros_and_scales_stay(case: Case) -> None:
     calibrated = case.quantized()
     trained = copy.deepcopy(calibrated)
-    floats = graph.initializers(onnx.load(case.root / case.path))
-    history = qat.train(
-        trained,
-        floats,
-        case.teacher,
-        config.Qat.model_validate(QAT),
-        case.images("train"),
-        case.images("val"),
-        case.root / "checkpoint.pt",
-    )
+    history = case.train(trained)
     assert len(history) == SCHEDULE["epochs"]
     assert top1(case, trained) > top1(case, calibrated) + 0.05
     assert top1(case, trained) == pytest.approx(max(row["val_top1"] for row in history), abs=0.01)
-    before, after = zeros(calibrated), zeros(trained)
-    dead = {name for name, places in before.items() if len(places) > 32}
-    assert dead
-    for name in dead:
-        assert len(after[name] & before[name]) >= 0.9 * len(before[name])
-    codes = {tensor.name for tensor in trained.graph.initializer if tensor.data_type != onnx.TensorProto.FLOAT}
+    constants, dead = graph.Constants(trained), 0
+    for name, tensor in graph.initializers(onnx.load(case.root / case.path)).items():
+        codes = constants.read(f"{name}_DequantizeLinear_Output")
+        if codes is not None:
+            masked = numpy_helper.to_array(tensor) == 0
+            assert not codes[masked].any()
+            dead += int(masked.sum())
+    assert dead == 32 * 64  # the weights of the dead units
+    integers = {tensor.name for tensor in trained.graph.initializer if tensor.data_type != onnx.TensorProto.FLOAT}
     same, others = (graph.initializers(model) for model in (calibrated, trained))
-    assert {name for name in same if same[name] != others[name]} <= codes
+    assert {name for name in same if same[name] != others[name]} <= integers
     reduced, _ = reduce(trained)
     images = np.random.default_rng(0).normal(size=(16, 1, 8, 8)).astype(np.float32)
     first, second = (session.logits(session.open_session(m.SerializeToString(), 1), images) for m in (trained, reduced))
@@ -181,16 +181,12 @@ def test_training_brings_top1_back_and_zeros_and_scales_stay(case: Case) -> None
 
 def test_the_stage_keeps_the_calibrated_model_where_training_makes_it_worse(repository: Repository) -> None:
     case = Case(repository.root)
-    weights, spec = (repository.root / path("prune") for path in (paths.weights, paths.spec))
-    backbone.save(case.teacher, case.spec, weights, spec)
-    files.write_json(repository.root / paths.PLAN, {"float32": []})
-    wild = QAT | {"training": SCHEDULE | {"epochs": 1, "learning_rate": 50.0}}
-    repository.params(quantize={"calibration_images": 64, "percentile": 55.0, "qat": wild})
+    case.lay(repository, qat=QAT | {"training": SCHEDULE | {"epochs": 1, "learning_rate": 50.0}})
     done = repository.run("quantize")
     assert (done.returncode, done.stderr) == (0, "")
     assert "training on the int8 grid has made it worse: the calibrated model stays" in done.stdout
     kept = repository.model("quantize").read_bytes()
-    repository.params(quantize={"calibration_images": 64, "percentile": 55.0, "qat": None})
+    case.lay(repository, qat=None)
     assert repository.run("quantize").returncode == 0
     assert repository.model("quantize").read_bytes() == kept
 
@@ -198,16 +194,12 @@ def test_the_stage_keeps_the_calibrated_model_where_training_makes_it_worse(repo
 def test_training_keeps_to_a_codebook(case: Case) -> None:
     """Three codes a tensor: too few for what was trained without them, enough for what is trained with them."""
     model = case.quantized(CALIBRATION)
-    before = codes_of(shared(model, 3))
-    floats = graph.initializers(onnx.load(case.root / case.path))
-    params = config.Qat.model_validate(QAT)
-    images = [case.images(name) for name in ("train", "val")]
-    top1_before = top1(case, shared(model, 3))
-    qat.train(model, floats, case.teacher, params, *images, case.root / "checkpoint.pt", 3)
+    before = top1(case, shared(model, 3))
+    case.train(model, levels=3)
     counts = [len(np.unique(codes[codes != 0])) for codes in codes_of(model)]
-    assert len(counts) == len(before) == 2
+    assert len(counts) == 2
     assert max(counts) == 3
-    assert top1(case, model) > top1_before
+    assert top1(case, model) > before
     assert top1(case, shared(model, 3)) == top1(case, model)
 
 
@@ -228,27 +220,15 @@ def test_a_network_that_pytorch_runs_otherwise_is_refused(case: Case) -> None:
     model = case.quantized()
     floats = graph.initializers(onnx.load(case.root / case.path))
     name = next(name for name, tensor in floats.items() if len(tensor.dims) == 2)
-    floats[name] = numpy_helper.from_array(-numpy_helper.to_array(floats[name]), name)
+    turned = numpy_helper.from_array(-numpy_helper.to_array(floats[name]), name)
     with pytest.raises(StageError, match="PyTorch runs it otherwise than ONNX Runtime"):
-        qat.train(
-            model,
-            floats,
-            case.teacher,
-            config.Qat.model_validate(QAT),
-            case.images("train"),
-            case.images("val"),
-            case.root / "checkpoint.pt",
-        )
+        case.train(model, **{name: turned})
 
 
 @pytest.mark.parametrize("allowed", [0.0, 1.0])
 def test_the_stage_trains_where_calibration_costs_too_much(repository: Repository, allowed: float) -> None:
     case = Case(repository.root)
-    backbone.save(
-        case.teacher, case.spec, repository.root / paths.weights("prune"), repository.root / paths.spec("prune")
-    )
-    files.write_json(repository.root / paths.PLAN, {"float32": []})
-    repository.params(quantize={"calibration_images": 64, "percentile": 55.0, "qat": QAT | {"max_top1_drop": allowed}})
+    case.lay(repository, qat=QAT | {"max_top1_drop": allowed})
     done = repository.run("quantize")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(repository.report("quantize").read_text())

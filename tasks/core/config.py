@@ -140,7 +140,9 @@ class Blocks(Section):
 
 class Channels(Section):
     ratio: Annotated[float, Field(gt=0, lt=1)] = Field(description="share of each group's channels that goes")
-    multiple: Count = Field(16, description="kept counts are multiples of this: kernels are fastest so")
+    multiple: Count = Field(
+        16, description="kept counts are multiples of this; reduce leaves whole vectors of 16 whole, which are fastest"
+    )
 
 
 class SingleWeights(Section):

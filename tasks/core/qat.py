@@ -13,13 +13,14 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
+from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tasks.core import codebook, config, distillation, graph, session, training
+from tasks.core.codebook import LARGEST
 from tasks.core.errors import StageError
 
-LOW, HIGH = -127, 127  # codes of weights
 UNLIKE = 0.05  # of the spread of the logits: more, and this is not the network that ONNX Runtime runs
 
 
@@ -81,11 +82,11 @@ class Weight(nn.Module):
         if len(self.shared):
             borders = (self.shared[1:] + self.shared[:-1]) / 2
             return self.shared[torch.bucketize(exact, borders)] * self.kept
-        return exact.round() if self.is_bias else exact.round().clamp(LOW, HIGH)
+        return exact.round() if self.is_bias else exact.round().clamp(-LARGEST, LARGEST)
 
     def forward(self) -> Tensor:
         exact = self.values * self.kept
-        inside = exact if self.is_bias else exact.clamp(LOW * self.scale, HIGH * self.scale)
+        inside = exact if self.is_bias else exact.clamp(-LARGEST * self.scale, LARGEST * self.scale)
         return inside + (self.codes() * self.scale - inside).detach()
 
 
@@ -111,7 +112,7 @@ class Network(nn.Module):
         for name, tensor in constants.tensors.items():
             self._fix(name, numpy_helper.to_array(tensor))
         for name, node in constants.dequantized.items():
-            original = floats.get(node.input[0].removesuffix("_quantized"))
+            original = floats.get(node.input[0].removesuffix(TENSOR_NAME_QUANT_SUFFIX))
             if original is None:
                 self._fix(name, graph.meaning(node, constants))
                 continue

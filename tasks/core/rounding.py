@@ -9,9 +9,8 @@ from onnx import numpy_helper
 from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX
 
 from tasks.core import graph
+from tasks.core.codebook import LARGEST
 from tasks.core.errors import StageError
-
-LARGEST = 127  # of the int8 grid, which is symmetric
 
 
 def apply(quantized: onnx.ModelProto, original: onnx.ModelProto, factor: float) -> None:
