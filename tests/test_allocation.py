@@ -1,12 +1,16 @@
 """allocation: the plan meets the limits, takes what is missed least for what it saves, and stops there."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from tasks.core import allocation, costs
+from flows import profile
+from tasks.core import allocation, config, costs
 from tasks.core.allocation import Layer, Limits, Network
 from tasks.core.costs import Operator
 
+ROOT = Path(__file__).parents[1]
 WIDE, SLOW = Operator("conv", 1, 1, 1, 1), Operator("conv", 1, 1, 64, 64)
 ADD = Operator("add", 1, 1, 64, 64)
 
@@ -127,3 +131,21 @@ def test_what_a_plan_could_ask_for_is_what_is_needed() -> None:
     points = allocation.needed(network())
     plan = allocation.allocate(network(), allocation.NOTHING, dict.fromkeys(points, 1.0))
     assert plan.widths == [16, 16]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "front", "last", "block"),
+    [
+        ("tf_mobilenetv3_large_minimal_100", "front depthwise", "blocks.0.0.conv_dw", "blocks.0.0"),
+        ("tf_efficientnet_lite0", "front depthwise", "blocks.0.0.conv_dw", None),
+        ("resnet18", "front", "conv1", None),
+        ("mlp", None, None, None),
+    ],
+)
+def test_the_front_of_a_backbone(backbone: str, front: str | None, last: str | None, block: str | None) -> None:
+    """It goes with the residual block that its last layer is in."""
+    params = config.load(ROOT / "params.yaml")
+    finetune = params.finetune.model_copy(update={"backbone": backbone})
+    layers = profile.network(params.model_copy(update={"finetune": finetune})).layers
+    found = [(one.operator.kind, one.name, one.block) for one in layers if one.operator.kind in costs.FRONTS]
+    assert found == ([] if front is None else [(front, last, block)])
