@@ -149,6 +149,23 @@ def test_logits_that_are_not_finite_are_refused(
         answers(path, test_split, threads=1)
 
 
+def test_a_model_that_does_not_run_is_told_in_a_sentence(networks: Networks) -> None:
+    """ONNX Runtime's int8 pooling takes no output range that is a millionth of its input's."""
+    model = onnx.ModelProto()
+    model.CopyFrom(reduce(networks("mobilenetv2_050").quantized)[0])
+    pool = next(node for node in model.graph.node if node.op_type == "GlobalAveragePool")
+    quantizer = next(node for node in model.graph.node if pool.output[0] in node.input)
+    result = quantizer.output[0]
+    for node in model.graph.node:
+        if node is quantizer or result in node.input:
+            node.input[1] = "tiny"
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(1e-9, np.float32), "tiny"))
+    ready = session.open_session(model.SerializeToString(), 1)
+    images = np.ones((1, *networks("mobilenetv2_050").preprocessing.shape), np.float32)
+    with pytest.raises(StageError, match="the model does not run in ONNX Runtime: .*QLinearGlobalAveragePool"):
+        session.logits(ready, images)
+
+
 @pytest.mark.parametrize("content", [b"", b"no model"])
 def test_a_model_that_does_not_load_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"

@@ -44,8 +44,12 @@ def open_session(model: Path | bytes, threads: int, optimized: Path | None = Non
 
 
 def logits(session: ort.InferenceSession, images: Images) -> Logits:
-    """float32 (B, classes) from float32 (B, C, H, W)."""
-    result: Logits = session.run(None, {session.get_inputs()[0].name: images})[0]
+    """float32 (B, classes) from float32 (B, C, H, W); `StageError` if ONNX Runtime cannot compute them."""
+    try:
+        result: Logits = session.run(None, {session.get_inputs()[0].name: images})[0]
+    except Exception as error:
+        # as above
+        raise StageError(f"the model does not run in ONNX Runtime: {str(error).splitlines()[0]}") from None
     return result
 
 
