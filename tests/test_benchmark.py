@@ -162,7 +162,7 @@ def test_a_model_that_does_not_run_is_told_in_a_sentence(networks: Networks) -> 
     model.graph.initializer.append(numpy_helper.from_array(np.asarray(1e-9, np.float32), "tiny"))
     ready = session.open_session(model.SerializeToString(), 1)
     images = np.ones((1, *networks("mobilenetv2_050").preprocessing.shape), np.float32)
-    with pytest.raises(StageError, match="the model does not run in ONNX Runtime: .*QLinearGlobalAveragePool"):
+    with pytest.raises(StageError, match=r"the model does not run in ONNX Runtime: .*QLinearGlobalAveragePool"):
         session.logits(ready, images)
 
 
