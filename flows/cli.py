@@ -303,7 +303,8 @@ def profile(params: ParamsFile = paths.PARAMS, as_json: AsJson = False) -> None:
         from flows.profile import profile
 
         found = profile(content, paths.DEVICE)
-        text = f"profile: {found['measured']} layers measured on {found['processor']}, in {paths.DEVICE}"
+        counts = f"{found['layers']} layers and {found['networks']} networks"
+        text = f"profile: {counts} measured on {found['processor']}, in {paths.DEVICE}"
         _print(found, as_json, lambda _: print(text))
 
 

@@ -106,21 +106,21 @@ def budgeted(params: bytes, **limits: float) -> bytes:
     return stream.getvalue()
 
 
-def bounds(params: config.Params) -> Bounds:
+def bounds(params: config.Params, table: costs.Table) -> Bounds:
     """Between which limits a budget makes a difference: from the least that can be left to the whole network.
 
-    A limit that makes none is left out. `StageError` if the device's table lacks the backbone, or nothing can go.
+    A limit that makes none is left out. `StageError` if the table lacks the backbone, or nothing can go.
     """
     from flows import profile  # brings torch, which Dask's workers and a study that goes on do without
     from tasks.prune import MARGIN
 
-    network, table = profile.network(params), costs.read(paths.DEVICE)
+    network = profile.network(params)
     least, whole = (
         allocation.allocate(network, limits, table).cost for limits in (allocation.NOTHING, allocation.ANYTHING)
     )
     found = {
-        name: (low / MARGIN, high / MARGIN)
-        for name, low, high in zip(costs.Cost._fields, least, whole, strict=True)
+        name: (low / margin, high / margin)
+        for name, low, high, margin in zip(costs.Cost._fields, least, whole, MARGIN, strict=True)
         if low < high
     }
     if not found:
@@ -142,7 +142,7 @@ def resume(content: dict[str, bytes], params: config.Params) -> optuna.Study:
         load_if_exists=True,
     )
     if "within" not in study.user_attrs:
-        study.set_user_attr("within", bounds(params))
+        study.set_user_attr("within", bounds(params, costs.read(paths.DEVICE)))
     within = study.user_attrs["within"]
     for cut in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(cut.number, state=TrialState.FAIL)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flows import profile
-from tasks.core import allocation, config, costs
+from tasks.core import allocation, config, costs, files
 from tasks.core.allocation import Layer, Limits, Network
 from tasks.core.costs import Operator
 
@@ -67,6 +67,24 @@ def test_the_cost_of_a_plan_is_that_of_its_widths() -> None:
     expected = [costs.cost(table(), operator, reads, writes) for operator, reads, writes in layers]
     assert plan.cost.size_bytes == pytest.approx(sum(one.size_bytes for one in expected))
     assert plan.cost.latency_ms == pytest.approx(sum(one.latency_ms for one in expected))
+
+
+def test_what_a_network_takes_beside_its_layers_counts_and_is_saved() -> None:
+    """In a cache that holds all but the last kilobyte, what saves bytes saves time as well."""
+    size, latency = whole()
+    points = {round(size - 1000): 0.0, round(size): latency}
+    dear, cached = (
+        network(first=100.0, block=100.0),
+        table() | {(costs.NETWORK, at, at): more for at, more in points.items()},
+    )
+    everything = allocation.allocate(dear, allocation.ANYTHING, cached)
+    assert everything.cost.latency_ms == pytest.approx(2 * latency)
+    plan = allocation.allocate(dear, Limits(None, latency * 1.01), cached)
+    assert plan.cost.latency_ms <= latency * 1.01
+    assert plan.cost.size_bytes <= size - 900
+    assert plan.widths[0] == 64  # bytes of the layers that take no time are enough
+    ends = allocation.allocate(dear, allocation.NOTHING, cached).cost
+    assert ends == pytest.approx(allocation.allocate(dear, allocation.NOTHING, table()).cost)
 
 
 def test_what_is_missed_less_goes_first() -> None:
@@ -149,3 +167,24 @@ def test_the_front_of_a_backbone(backbone: str, front: str | None, last: str | N
     layers = profile.network(params.model_copy(update={"finetune": finetune})).layers
     found = [(one.operator.kind, one.name, one.block) for one in layers if one.operator.kind in costs.FRONTS]
     assert found == ([] if front is None else [(front, last, block)])
+
+
+def test_profile_measures_layers_and_whole_networks_and_a_plan_costs_what_was_measured(tmp_path: Path) -> None:
+    """The planned milliseconds of a network are those that it took; layers of other backbones stay, networks do not."""
+    params = config.load(ROOT / "data/recipes/mlp-digits.yaml")
+    path = tmp_path / "device.json"
+    first = profile.profile(params, path)
+    table = costs.read(path)
+    plain = {point: latency for point, latency in table.items() if point[0] != costs.NETWORK}
+    assert (first["layers"], first["kept"]) == (len(plain), 0)
+    assert len(table) - len(plain) == first["networks"] > 1
+    network = profile.network(params)
+    took, summed = (allocation.allocate(network, allocation.ANYTHING, one).cost.latency_ms for one in (table, plain))
+    largest = max(point for point in table if point[0] == costs.NETWORK)
+    assert took - summed == pytest.approx(table[largest], abs=1e-5)
+    other = (ADD, 16, 16)
+    about = {key: value for key, value in files.read_json(path).items() if key != "latency_ms"}
+    costs.write(path, table | {other: 1.0, (costs.NETWORK, 1, 1): 1.0}, about)
+    assert profile.profile(params, path)["kept"] == 1
+    assert other in costs.read(path)
+    assert (costs.NETWORK, 1, 1) not in costs.read(path)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Network
 
@@ -48,6 +49,15 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "device.json"
     costs.write(path, TABLE, {"threads": 1})
     assert costs.read(path) == TABLE
+    assert len(path.read_text().splitlines()) == len(TABLE) + 5  # one line each, so that a diff can be read
+
+
+def test_what_whole_networks_take_beside_their_layers_goes_by_bytes() -> None:
+    """Straight between the measured ones, and level beyond them."""
+    table = TABLE | {(costs.NETWORK, 3000, 3000): 0.5, (costs.NETWORK, 1000, 1000): -0.1}
+    found = np.interp([10, 1000, 2000, 3000, 1e9], *costs.beside(table))
+    assert found.tolist() == pytest.approx([-0.1, -0.1, 0.2, 0.5, 0.5])
+    assert np.interp(5.0, *costs.beside(TABLE)) == 0
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"latency_ms": [["conv"]]}', '{"latency_ms": {"a": 1}}'])

@@ -248,12 +248,12 @@ def test_a_device_that_was_not_measured_is_one_sentence(tmp_path: Path, monkeypa
     params = config.load(ROOT / RECIPE)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StageError, match=r"data/device.json does not exist: `weighin profile`"):
-        search.bounds(params)
+        search.bounds(params, costs.read(paths.DEVICE))
     costs.write(paths.DEVICE, {}, {})
     with pytest.raises(StageError, match="`weighin profile` measures what this backbone needs"):
-        search.bounds(params)
+        search.bounds(params, costs.read(paths.DEVICE))
     costs.write(paths.DEVICE, table(), {})
-    assert list(search.bounds(params)) == ["size_bytes", "latency_ms"]
+    assert list(search.bounds(params, costs.read(paths.DEVICE))) == ["size_bytes", "latency_ms"]
 
 
 def test_dask_needs_a_server_that_all_can_reach_and_a_scheduler() -> None:

@@ -80,10 +80,12 @@ def allocate(network: Network, limits: Limits, table: Table) -> Plan:
     widths = [len(scores) for scores in network.channels]
     removed = [np.append(0.0, np.sort(scores).cumsum()) for scores in network.channels]
     full, steps, layers = list(widths), [], list(network.layers)
-    whole = now = _total(layers, widths, full, table)
+    beside = costs.beside(table)
+    whole = now = _whole(_total(layers, widths, full, table), beside)
     while any(over := limits.exceeded(now)):
         options = [_without_block(name, score, layers, widths, full, table) for name, score in network.blocks.items()]
         options += [_narrower(group, removed[group], layers, widths, full, table) for group in range(len(widths))]
+        options = [_in_whole(option, now.size_bytes, beside) for option in options]
         rated = [(option.score / gain, option) for option in options if (gain := _gain(option.saves, whole, over)) > 0]
         if not rated:
             break
@@ -133,6 +135,17 @@ def _narrower(
     return Step(None, group, width, float(score), saves._replace(latency_ms=max(0.0, saves.latency_ms)))
 
 
+def _whole(layers: Cost, beside: costs.Curve) -> Cost:
+    """What the network costs that has layers of this cost."""
+    return layers + Cost(0.0, float(np.interp(layers.size_bytes, *beside)))
+
+
+def _in_whole(step: Step, size_bytes: float, beside: costs.Curve) -> Step:
+    """The step with what it saves in a network of so many bytes."""
+    before, after = np.interp([size_bytes, size_bytes - step.saves.size_bytes], *beside)
+    return step._replace(saves=step.saves + Cost(0.0, float(before - after)))
+
+
 def _total(layers: list[Layer], widths: list[int], full: list[int], table: Table) -> Cost:
     total = Cost(0.0, 0.0)
     for layer in layers:
@@ -142,9 +155,9 @@ def _total(layers: list[Layer], widths: list[int], full: list[int], table: Table
     return total
 
 
-def needed(network: Network) -> set[tuple[Operator, int, int]]:
+def needed(network: Network) -> set[costs.Point]:
     """All the measurements that `allocate` could ask the table for."""
-    found: set[tuple[Operator, int, int]] = set()
+    found: set[costs.Point] = set()
     for layer in network.layers:
         inputs, outputs = (
             [full] if group is None else _widths(full, len(network.channels[group]))

@@ -2,11 +2,12 @@
 
 Multiply-accumulates mislead at small widths, where a node costs as much as its arithmetic, and at widths that are no
 multiple of 16, where a kernel may take twice as long. `weighin profile` measures; the pipeline only reads the table, so
-that the same inputs make the same model. Costs add up as long as all weights stay in the core's cache: a network that
-is larger than that takes up to a quarter longer than the table says (tests/bench/budgets.py).
+that the same inputs make the same model. Costs of layers add up while all weights stay in the core's cache; so whole
+networks are measured too, and what they take beside the sum of their layers is a row by their bytes.
 """
 
 import itertools
+import json
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ NODE_BYTES = 320  # nodes and per-tensor constants of a layer, with short names
 SUM_BYTES = 150  # those of a sum
 CHANNEL_BYTES = 8  # scale and bias of an output channel
 
-Kind = Literal["frame", "front", "front depthwise", "conv", "depthwise", "linear", "add"]
+Kind = Literal["frame", "front", "front depthwise", "conv", "depthwise", "linear", "add", "network"]
 
 FRONTS = ("front", "front depthwise")
 
@@ -38,6 +39,7 @@ class Operator(NamedTuple):
     `frame` is what every model has around its layers: the input's quantization, pooling, and the call itself.
     `front` is the convolution that reads the image, and `front depthwise` that one and the 3 x 3 depthwise one after
     it; what they take is the difference of float32 to int8, where it is less: nothing, or below zero.
+    `network` is what a whole one takes beside its layers: more, or less. It has its bytes in place of widths.
     """
 
     kind: Kind
@@ -60,7 +62,11 @@ class Cost(NamedTuple):
         return Cost(self.size_bytes - other.size_bytes, self.latency_ms - other.latency_ms)
 
 
-Table = dict[tuple[Operator, int, int], float]  # milliseconds by operator, inputs and outputs
+NETWORK = Operator("network", 1, 1, 1, 1)
+
+Point = tuple[Operator, int, int]  # the operator, with inputs and outputs
+Table = dict[Point, float]  # milliseconds
+Curve = tuple[list[float], list[float]]  # bytes and milliseconds, for numpy.interp
 
 
 def cost(table: Table, operator: Operator, inputs: int, outputs: int) -> Cost:
@@ -111,10 +117,16 @@ def _neighbours(width: int) -> list[tuple[int, float]]:
     return [(low, 1 - share), (2 * low, share)] if share else [(low, 1.0)]
 
 
-def grid(operator: Operator, inputs: Iterable[int], outputs: Iterable[int]) -> set[tuple[Operator, int, int]]:
+def grid(operator: Operator, inputs: Iterable[int], outputs: Iterable[int]) -> set[Point]:
     """What has to be measured so that `cost` knows the operator at each of these widths."""
     pairs = itertools.product(inputs, outputs)
     return {(operator, *widths) for read, made in pairs for widths, _ in _around(operator, read, made)}
+
+
+def beside(table: Table) -> Curve:
+    """By the bytes of a network, what it takes beside its layers; nothing if no network was measured."""
+    rows = sorted((size, latency) for (operator, size, _), latency in table.items() if operator == NETWORK)
+    return ([float(size) for size, _ in rows], [latency for _, latency in rows]) if rows else ([0.0], [0.0])
 
 
 def read(path: Path) -> Table:
@@ -129,9 +141,11 @@ def read(path: Path) -> Table:
 
 
 def write(path: Path, table: Table, about: dict[str, Any]) -> None:
-    """The table as JSON, one row for each measurement, and what it is about."""
+    """The table as JSON, one line for each measurement, and what it is about."""
     rows = sorted([*operator, inputs, outputs, round(value, 6)] for (operator, inputs, outputs), value in table.items())
-    files.write_json(path, about | {"latency_ms": rows})
+    lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
+    text = files.to_json(about | {"latency_ms": []}).decode().replace("[]", f"[\n{lines}\n  ]")
+    files.write_bytes(path, text.encode())
 
 
 def measure(operator: Operator, inputs: int, outputs: int, threads: int) -> float:

@@ -38,7 +38,7 @@ PEERS = {
 }
 INSIDE = "torch-pruning"  # the peer that Weighin has in its own environment
 CALIBRATION_IMAGES = 512
-REPETITIONS = 3
+REPETITIONS = 7
 LIMIT_S = 3600
 WITHIN = 0.01
 SILENT = {"OLIVE_DISABLE_TELEMETRY": "1", "NNCF_CI": "1", "DO_NOT_TRACK": "1"}  # nothing is sent from here
