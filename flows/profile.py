@@ -5,6 +5,7 @@ since neither bytes nor milliseconds depend on them.
 """
 
 import copy
+import functools
 import io
 import statistics
 import tempfile
@@ -32,7 +33,8 @@ IMAGES = 32
 def profile(params: config.Params, path: Path) -> dict[str, Any]:
     """Measure what the backbone in the parameters needs, and write it to `path`; returns what the table is about.
 
-    Layers of other backbones stay, if they were measured on the same machine, with as many threads and this runtime.
+    Layers of other backbones stay, if they were measured on the same machine, with as many threads and this runtime;
+    their networks do not.
     """
     threads = params.benchmark.threads
     about = {"processor": benchmark.processor(), "threads": threads, "onnxruntime": ort.__version__}
@@ -49,14 +51,15 @@ def profile(params: config.Params, path: Path) -> dict[str, Any]:
 
 def network(params: config.Params) -> allocation.Network:
     """The backbone as `allocation` sees it, with nothing known of what is missed."""
-    net, spec = untrained(params)
-    return survey(net, 1.0, spec)[-1]
+    net, spec, effects = untrained(params)
+    return survey(net, effects, spec)[-1]
 
 
 def networks(params: config.Params, table: costs.Table) -> costs.Table:
     """Rows of what whole networks take beside their layers, by the bytes of these."""
-    net, spec = untrained(params)
-    *_, whole = survey(net, 1.0, spec)
+    net, spec, effects = untrained(params)
+    look = functools.partial(survey, spec=spec)
+    *_, whole = look(net, effects)
     size = allocation.allocate(whole, allocation.ANYTHING, table).cost.size_bytes
     images = list(noise(spec.preprocessing))
     planned: list[costs.Cost] = []
@@ -65,7 +68,7 @@ def networks(params: config.Params, table: costs.Table) -> costs.Table:
         for share in track(SHARES, "cutting networks"):
             slim, path = copy.deepcopy(net), Path(scratch) / f"{share}.onnx"
             limits = allocation.Limits(size * share, None)
-            plan = prune.within(slim, limits, whole, table, lambda net, _: survey(net, None, spec))
+            plan = prune.within(slim, limits, whole, table, look)
             export(slim, spec, path)
             quantized = quantize.quantize(path, images, spec.preprocessing, params.quantize, plan["float32"])
             onnx.save(reduce.reduce(quantized)[0], path)
@@ -79,25 +82,24 @@ def networks(params: config.Params, table: costs.Table) -> costs.Table:
     }
 
 
-def untrained(params: config.Params) -> tuple[nn.Module, backbone.Spec]:
-    """The backbone with random weights."""
+def untrained(params: config.Params) -> tuple[nn.Module, backbone.Spec, dict[str, float]]:
+    """The backbone with random weights, and its residual blocks, all missed alike."""
     name = params.finetune.backbone
     preprocessing = backbone.preprocessing(name, params.finetune.image_size)
     torch.manual_seed(0)
     net = backbone.create(name, len(params.classes), preprocessing).eval()
-    return net, backbone.Spec(
+    spec = backbone.Spec(
         backbone=name, classes=params.classes, preprocessing=preprocessing, weights={"source": "random"}
     )
+    return net, spec, dict.fromkeys(masks.residual_blocks(net, torch.randn(2, *preprocessing.shape)), 1.0)
 
 
-def survey(net: nn.Module, effect: float | None, spec: backbone.Spec) -> prune.Survey:
-    """What `prune.survey` finds where all channels are missed alike, and each block by the effect; None: no blocks."""
+def survey(net: nn.Module, effects: dict[str, float], spec: backbone.Spec) -> prune.Survey:
+    """What `prune.survey` finds where all channels are missed alike."""
     example = torch.zeros(2, *spec.preprocessing.shape)
-    blocks = [] if effect is None else masks.residual_blocks(net, torch.randn_like(example))
     with masks.known_structure():
         graph, groups = masks.channel_groups(net, example, backbone.head(net))
     scores = [torch.ones(len(group[0].idxs)) for group in groups]
-    effects = dict.fromkeys(blocks, effect or 0.0)
     return graph, groups, scores, importance.network(net, groups, scores, effects, example)
 
 
