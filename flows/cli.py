@@ -292,10 +292,11 @@ def lineage(
 
 @app.command()
 def profile(params: ParamsFile = paths.PARAMS, as_json: AsJson = False) -> None:
-    """Measure this machine for `compress`: what each int8 layer of the backbone takes at each width.
+    """Measure this machine for `compress`: each int8 layer of the backbone at each width, and whole networks.
 
     Writes data/device.json, which belongs in git: the plan for a budget is made from it. Run it on the device, or on
-    its like, with nothing else at work, whenever the backbone, the image size or the device changes.
+    its like, with nothing else at work, whenever the backbone, the image size or the device changes; it is about one
+    backbone at a time. Takes a minute or two.
     """
     with _sentences():
         chosen = _in_repository(params)
@@ -303,8 +304,8 @@ def profile(params: ParamsFile = paths.PARAMS, as_json: AsJson = False) -> None:
         from flows.profile import profile
 
         found = profile(content, paths.DEVICE)
-        counts = f"{found['layers']} layers and {found['networks']} networks"
-        text = f"profile: {counts} measured on {found['processor']}, in {paths.DEVICE}"
+        counts = f"{found['layers']} measurements of layers and {found['networks']} of networks"
+        text = f"profile: {counts} on {found['processor']}, in {paths.DEVICE}"
         _print(found, as_json, lambda _: print(text))
 
 

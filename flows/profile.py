@@ -1,7 +1,7 @@
 """The device's table: what each int8 layer that the backbone could be cut to takes on this machine, and whole networks.
 
-A network is cut to shares of its bytes, and runs in ONNX Runtime as the pipeline would leave it: with random weights,
-since neither bytes nor milliseconds depend on them.
+A network is cut between the whole and the least that can be left of it, and runs in ONNX Runtime as the pipeline would
+leave it. It was never trained, but has weights that nothing can be removed from.
 """
 
 import copy
@@ -21,32 +21,30 @@ from PIL import Image
 from torch import nn
 
 from tasks import benchmark, prune, quantize, reduce
-from tasks.core import allocation, backbone, config, costs, dataset, files, importance, masks
+from tasks.core import allocation, backbone, config, costs, dataset, importance, masks
+from tasks.core.errors import StageError
 from tasks.core.export import export
 from tasks.core.progress import track
 
 ROUNDS = 5  # what disturbs the machine for a few seconds is in one of them
-SHARES = tuple(0.5**power for power in range(8))  # of the bytes of the whole network
+NETWORKS = 8
 IMAGES = 32
+FORETOLD = 1.1  # times the planned bytes: more than that is no difference of names and constants
 
 
 def profile(params: config.Params, path: Path) -> dict[str, Any]:
     """Measure what the backbone in the parameters needs, and write it to `path`; returns what the table is about.
 
-    Layers of other backbones stay, if they were measured on the same machine, with as many threads and this runtime;
-    their networks do not.
+    `StageError` if a network that was cut does not run, or has other bytes than were planned.
     """
     threads = params.benchmark.threads
-    about = {"processor": benchmark.processor(), "threads": threads, "onnxruntime": ort.__version__}
-    known: costs.Table = {}
-    if path.exists() and {key: files.read_json(path).get(key) for key in about} == about:
-        known = {point: latency for point, latency in costs.read(path).items() if point[0] != costs.NETWORK}
     wanted = sorted(allocation.needed(network(params)))
     rounds = [costs.measure(*point, threads) for point in track(wanted * ROUNDS, "measuring layers")]
-    measured = {point: statistics.median(rounds[place :: len(wanted)]) for place, point in enumerate(wanted)}
-    whole = networks(params, measured)
-    costs.write(path, known | measured | whole, about)
-    return about | {"layers": len(measured), "networks": len(whole), "kept": len(known.keys() - measured.keys())}
+    layers = {point: statistics.median(rounds[place :: len(wanted)]) for place, point in enumerate(wanted)}
+    whole = networks(params, layers)
+    about = {"processor": benchmark.processor(), "threads": threads, "onnxruntime": ort.__version__}
+    costs.write(path, layers | whole, about)
+    return about | {"layers": len(layers), "networks": len(whole)}
 
 
 def network(params: config.Params) -> allocation.Network:
@@ -60,38 +58,69 @@ def networks(params: config.Params, table: costs.Table) -> costs.Table:
     net, spec, effects = untrained(params)
     look = functools.partial(survey, spec=spec)
     *_, whole = look(net, effects)
-    size = allocation.allocate(whole, allocation.ANYTHING, table).cost.size_bytes
+    most, least = (allocation.allocate(whole, end, table).cost for end in (allocation.ANYTHING, allocation.NOTHING))
     images = list(noise(spec.preprocessing))
-    planned: list[costs.Cost] = []
-    models: dict[str, Path] = {}
+    planned: dict[str, costs.Cost] = {}
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
-        for share in track(SHARES, "cutting networks"):
-            slim, path = copy.deepcopy(net), Path(scratch) / f"{share}.onnx"
-            limits = allocation.Limits(size * share, None)
-            plan = prune.within(slim, limits, whole, table, look)
-            export(slim, spec, path)
-            quantized = quantize.quantize(path, images, spec.preprocessing, params.quantize, plan["float32"])
-            onnx.save(reduce.reduce(quantized)[0], path)
-            planned.append(costs.Cost(plan["size_bytes"], plan["latency_ms"]))
-            models[path.stem] = path
+        for size in track(np.geomspace(most.size_bytes, least.size_bytes, NETWORKS).tolist(), "cutting networks"):
+            slim = copy.deepcopy(net)
+            plan = prune.within(slim, allocation.Limits(size, None), whole, table, look)
+            name = f"{plan['size_bytes']:.0f}"
+            if name not in planned:
+                written(slim, spec, images, params.quantize, plan, Path(scratch) / name)
+                planned[name] = costs.Cost(plan["size_bytes"], plan["latency_ms"])
+        models = {name: Path(scratch) / name for name in planned}
         rounds = [benchmark.latencies(models, params.benchmark) for _ in range(ROUNDS)]
-    times = [statistics.median(float(np.median(found[name])) for found in rounds) for name in models]
-    return {
-        (costs.NETWORK, round(cost.size_bytes), round(cost.size_bytes)): latency - cost.latency_ms
-        for cost, latency in zip(planned, times, strict=True)
-    }
+    times = {name: statistics.median(float(np.median(found[name])) for found in rounds) for name in planned}
+    return {(costs.NETWORK, int(name), int(name)): times[name] - cost.latency_ms for name, cost in planned.items()}
+
+
+def written(
+    slim: nn.Module,
+    spec: backbone.Spec,
+    images: list[bytes],
+    params: config.Quantize,
+    plan: dict[str, Any],
+    path: Path,
+) -> None:
+    """Write the network as the pipeline would; `StageError` if it cannot, or if the bytes were not foretold."""
+    left = f"{spec.backbone} cut to {plan['size_bytes']:,.0f} bytes"
+    try:
+        export(slim, spec, path)
+        plain = params.model_copy(update={"factor": None})
+        quantized = quantize.quantize(path, images, spec.preprocessing, plain, plan["float32"])
+        onnx.save(reduce.reduce(quantized)[0], path)
+    except Exception as error:
+        # what fails in a network that nobody has tried before has no common base but Exception
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise StageError(f"{left} cannot be made, so budgets cannot be planned for it: {said}") from None
+    size = path.stat().st_size
+    if size > plan["size_bytes"] * FORETOLD:
+        raise StageError(f"{left} has {size:,} in its file, so budgets cannot be planned for it")
 
 
 def untrained(params: config.Params) -> tuple[nn.Module, backbone.Spec, dict[str, float]]:
-    """The backbone with random weights, and its residual blocks, all missed alike."""
+    """The backbone, and its residual blocks, all missed alike; with weights of which `reduce` removes none.
+
+    Some backbones start with zeros where a branch ends; and without statistics of its own a layer may saturate.
+    """
     name = params.finetune.backbone
     preprocessing = backbone.preprocessing(name, params.finetune.image_size)
     torch.manual_seed(0)
-    net = backbone.create(name, len(params.classes), preprocessing).eval()
+    net = backbone.create(name, len(params.classes), preprocessing)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+            module.momentum = None  # statistics are those of what it sees now
+            module.reset_running_stats()
+    example = torch.randn(IMAGES, *preprocessing.shape)
+    with torch.no_grad():
+        net.train()(example)
     spec = backbone.Spec(
         backbone=name, classes=params.classes, preprocessing=preprocessing, weights={"source": "random"}
     )
-    return net, spec, dict.fromkeys(masks.residual_blocks(net, torch.randn(2, *preprocessing.shape)), 1.0)
+    return net, spec, dict.fromkeys(masks.residual_blocks(net.eval(), example[:2]), 1.0)
 
 
 def survey(net: nn.Module, effects: dict[str, float], spec: backbone.Spec) -> prune.Survey:

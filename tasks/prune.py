@@ -119,8 +119,9 @@ def within(
     """
     first = allocation.allocate(whole, limits, table)
     masks.remove_blocks(slim, first.blocks)
-    graph, groups, scores, network = look(slim, {})
-    plan = allocation.allocate(network, limits, table)
+    left = {name: score for name, score in whole.blocks.items() if name not in first.blocks}
+    graph, groups, scores, network = look(slim, left)
+    plan = allocation.allocate(network._replace(blocks={}), limits, table)  # their sums cost; they stay
     with masks.known_structure():
         removed = masks.cut(slim, graph, groups, scores, plan.widths)
     blocks = [step for step in first.steps if step.block is not None]

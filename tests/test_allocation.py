@@ -1,14 +1,16 @@
 """allocation: the plan meets the limits, takes what is missed least for what it saves, and stops there."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from flows import profile
-from tasks.core import allocation, config, costs, files
+from tasks.core import allocation, config, costs
 from tasks.core.allocation import Layer, Limits, Network
 from tasks.core.costs import Operator
+from tasks.core.errors import StageError
 
 ROOT = Path(__file__).parents[1]
 WIDE, SLOW = Operator("conv", 1, 1, 1, 1), Operator("conv", 1, 1, 64, 64)
@@ -85,6 +87,13 @@ def test_what_a_network_takes_beside_its_layers_counts_and_is_saved() -> None:
     assert plan.widths[0] == 64  # bytes of the layers that take no time are enough
     ends = allocation.allocate(dear, allocation.NOTHING, cached).cost
     assert ends == pytest.approx(allocation.allocate(dear, allocation.NOTHING, table()).cost)
+
+
+@pytest.mark.parametrize("bump", [0.0, 1.0])
+def test_a_clock_that_errs_in_the_middle_does_not_end_a_plan(bump: float) -> None:
+    size, _ = whole()
+    uneven = table() | {(costs.NETWORK, round(size * share), 0): bump * (share == 0.5) for share in (0.1, 0.5, 1.0)}
+    assert allocation.allocate(network(), allocation.NOTHING, uneven).widths == [16, 16]
 
 
 def test_what_is_missed_less_goes_first() -> None:
@@ -169,22 +178,65 @@ def test_the_front_of_a_backbone(backbone: str, front: str | None, last: str | N
     assert found == ([] if front is None else [(front, last, block)])
 
 
-def test_profile_measures_layers_and_whole_networks_and_a_plan_costs_what_was_measured(tmp_path: Path) -> None:
-    """The planned milliseconds of a network are those that it took; layers of other backbones stay, networks do not."""
+def digits_by(backbone: str, image_size: int = 32) -> config.Params:
+    """The digits recipe with another backbone."""
     params = config.load(ROOT / "data/recipes/mlp-digits.yaml")
-    path = tmp_path / "device.json"
-    first = profile.profile(params, path)
+    finetune = params.finetune.model_copy(update={"backbone": backbone, "image_size": image_size})
+    return params.model_copy(update={"finetune": finetune})
+
+
+def test_a_network_that_was_measured_is_planned_to_take_what_it_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is made to say known times: a microsecond for each kilobyte, and a millisecond."""
+    files_of: dict[str, int] = {}
+
+    def latencies(models: dict[str, Path], _profile: config.Benchmark) -> dict[str, Any]:
+        files_of.update({name: path.stat().st_size for name, path in models.items()})
+        return {name: np.full(10, 1 + int(name) * 1e-6) for name in models}
+
+    monkeypatch.setattr(profile.benchmark, "latencies", latencies)
+    monkeypatch.setattr(profile.costs, "measure", lambda *_: 1e-3)
+    monkeypatch.setattr(profile, "NETWORKS", 3)
+    params, path = digits_by("resnet18"), tmp_path / "device.json"
+    about = profile.profile(params, path)
+    table, network = costs.read(path), profile.network(params)
+    assert (about["networks"], about["layers"]) == (3, len(table) - 3)
+    for name, size_bytes in files_of.items():
+        plan = allocation.allocate(network, Limits(float(name) + 1, None), table)
+        assert plan.cost.latency_ms == pytest.approx(1 + int(name) * 1e-6, rel=1e-3)
+        assert size_bytes == pytest.approx(int(name), rel=0.03)  # nothing of it was removed before it was timed
+    monkeypatch.setattr(profile, "FORETOLD", 0.5)
+    with pytest.raises(StageError, match=r"resnet18 cut to .* bytes has .* in its file, so budgets cannot be planned"):
+        profile.profile(params, path)
+
+
+def test_profile_measures_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table is about one backbone; small networks that come out alike are measured once."""
+    monkeypatch.setattr(profile, "ROUNDS", 1)
+    params, path = config.load(ROOT / "data/recipes/mlp-digits.yaml"), tmp_path / "device.json"
+    costs.write(path, {(ADD, 16, 16): 1.0}, {})
+    about = profile.profile(params, path)
     table = costs.read(path)
-    plain = {point: latency for point, latency in table.items() if point[0] != costs.NETWORK}
-    assert (first["layers"], first["kept"]) == (len(plain), 0)
-    assert len(table) - len(plain) == first["networks"] > 1
+    assert (ADD, 16, 16) not in table
+    assert about["networks"] == len([point for point in table if point[0] == costs.NETWORK]) < profile.NETWORKS
     network = profile.network(params)
-    took, summed = (allocation.allocate(network, allocation.ANYTHING, one).cost.latency_ms for one in (table, plain))
-    largest = max(point for point in table if point[0] == costs.NETWORK)
-    assert took - summed == pytest.approx(table[largest], abs=1e-5)
-    other = (ADD, 16, 16)
-    about = {key: value for key, value in files.read_json(path).items() if key != "latency_ms"}
-    costs.write(path, table | {other: 1.0, (costs.NETWORK, 1, 1): 1.0}, about)
-    assert profile.profile(params, path)["kept"] == 1
-    assert other in costs.read(path)
-    assert (costs.NETWORK, 1, 1) not in costs.read(path)
+    most, least = (allocation.allocate(network, end, table).cost for end in (allocation.ANYTHING, allocation.NOTHING))
+    assert most.latency_ms > least.latency_ms > 0
+
+
+@pytest.mark.parametrize(
+    ("backbone", "image_size", "says"),
+    [
+        ("vit_tiny_patch16_224", 224, "compress knows layers that read pictures or vectors, not "),
+        ("ghostnet_100", 64, "cannot be made, so budgets cannot be planned for it: "),
+    ],
+)
+def test_a_backbone_that_compress_does_not_know_is_told_in_a_sentence(
+    backbone: str, image_size: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile.costs, "measure", lambda *_: 1e-3)
+    monkeypatch.setattr(profile, "NETWORKS", 2)
+    with pytest.raises(StageError, match=says):
+        profile.profile(digits_by(backbone, image_size), tmp_path / "device.json")
+    assert not (tmp_path / "device.json").exists()

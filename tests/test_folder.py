@@ -49,8 +49,8 @@ def test_a_folder_of_images_goes_through_by_changing_the_parameters_only(workspa
     recipe |= {"model": "photos", "classes": ["red", "green", "blue"]}
     recipe["validate"] |= {"min_rows_per_class": 2}
     recipe["finetune"] |= {"image_size": 32}
-    recipe["finetune"]["training"] |= {"epochs": 2, "batch_size": 16}
-    recipe["prune"]["recovery"]["training"] |= {"epochs": 2, "batch_size": 16}
+    recipe["finetune"]["training"] |= {"epochs": 1, "batch_size": 16}
+    recipe["prune"]["recovery"]["training"] |= {"epochs": 1, "batch_size": 16}
     recipe["quantize"] |= {"calibration_images": 64}
     recipe["gate"] |= {"min_top1": 0.0, "max_top1_drop": 1.0, "max_latency_ratio": 10.0}
     recipe["gate"]["slices"] = {"label": {"min_count": 1, "min_top1": 0.0}}
@@ -58,7 +58,6 @@ def test_a_folder_of_images_goes_through_by_changing_the_parameters_only(workspa
     assert workspace.run(status=REFUSED)["failed"] == ["champion"]
     decision = workspace.run("--bootstrap")
     assert (decision["outcome"], decision["model"], decision["bootstrap"]) == ("promoted", "photos", True)
-    assert workspace.run()["recorded"] is False
     assert set(decision["stages"]["reduce"]["class_recall"]) == {"red", "green", "blue"}
     verdict = json.loads((workspace.root / "data/reports/validate.json").read_text())
     decodable = next(one for one in verdict["expectations"] if one["name"] == "decodable")

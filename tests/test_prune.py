@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from tasks import prune, quantize, reduce
-from tasks.core import allocation, backbone, config, dataset, distillation, importance, masks, training
+from tasks.core import allocation, backbone, config, costs, dataset, distillation, importance, masks, training
 from tasks.core.backbone import Spec
 from tasks.core.errors import StageError
 from tasks.core.export import export
@@ -642,6 +642,21 @@ def test_a_budget_that_cannot_be_met_is_told_with_the_nearest_that_can(repositor
     assert set(offer) == {"max_size_bytes", "max_latency_ms", "max_top1_drop"}
     found = compressed(repository, tmp_path / "two.pt", **offer | {"max_size_bytes": int(offer["max_size_bytes"])})
     assert [group["kept"] for group in found.plan["groups"]] == [16]
+
+
+def test_a_plan_keeps_a_distance_from_its_limits_and_an_offer_has_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 % of the bytes and a tenth of the milliseconds, which are foretold less well."""
+    asked: list[allocation.Limits] = []
+
+    def attempt(limits: allocation.Limits) -> prune.Attempt:
+        asked.append(limits)
+        return prune.Attempt(prune.Pruned(torch.nn.Identity(), {}, []), costs.Cost(980.0, 0.95), 0.0, True)
+
+    budget = config.Compress(max_size_bytes=100_000, max_latency_ms=2.0)
+    prune._fitting(attempt, budget)
+    assert asked == [pytest.approx((97_000, 1.8))]
+    with pytest.raises(StageError, match=r"holds has max_size_bytes 2000, max_latency_ms 1\.056 and"):
+        prune._fitting(attempt, budget.model_copy(update={"max_latency_ms": 1.0}))
 
 
 def test_an_accuracy_that_a_budget_cannot_hold_is_told_with_the_nearest_that_holds(

@@ -10,6 +10,7 @@ from torch.nn import functional
 from tasks.core import masks
 from tasks.core.allocation import Layer, Network
 from tasks.core.costs import Kind, Operator
+from tasks.core.errors import StageError
 from tasks.core.progress import track
 
 LEAST_EFFECT = 1e-6  # of a block on the loss: what does harm goes first, and a square would hide that it does
@@ -121,7 +122,9 @@ def _input_shapes(net: nn.Module, example: Tensor) -> dict[nn.Module, tuple[int,
 
 
 def _operator(module: nn.Module, shape: tuple[int, ...]) -> tuple[Operator, int, int]:
-    """The operator, its inputs and its outputs."""
+    """The operator, its inputs and its outputs; `StageError` if it reads neither pictures nor vectors."""
+    if len(shape) != (4 if isinstance(module, nn.Conv2d) else 2):
+        raise StageError(f"compress knows layers that read pictures or vectors, not {list(shape[1:])}: set it to null")
     if isinstance(module, nn.Conv2d):
         kind: Kind = "depthwise" if masks.is_depthwise(module) else "conv"
         kernel, stride = max(module.kernel_size), max(int(step) for step in module.stride)

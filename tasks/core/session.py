@@ -49,7 +49,8 @@ def logits(session: ort.InferenceSession, images: Images) -> Logits:
         result: Logits = session.run(None, {session.get_inputs()[0].name: images})[0]
     except Exception as error:
         # as above
-        raise StageError(f"the model does not run in ONNX Runtime: {str(error).splitlines()[0]}") from None
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise StageError(f"the model does not run in ONNX Runtime: {said}") from None
     return result
 
 

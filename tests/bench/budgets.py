@@ -37,6 +37,7 @@ from tasks.core import backbone, config, costs, distillation, files, importance,
 from tasks.core.errors import StageError, run
 from tasks.core.export import export
 
+YARDSTICK = "reduce"
 REPORT = paths.REPORTS / "bench" / "budgets.json"
 SEED, FEASIBLE = 0, 10
 KINDS = (("size_bytes",), ("latency_ms",), ("size_bytes", "latency_ms"))
@@ -75,7 +76,7 @@ def looked_at_once(job: Job) -> Iterator[None]:
     whole = survey(copy.deepcopy(teacher), effects, train, example, head)
 
     def surveyed(net: nn.Module, asked: dict[str, float], *more: Any) -> Any:
-        return whole if asked else survey(net, asked, *more)  # nothing is asked of what is left without blocks
+        return whole if asked is effects else survey(net, asked, *more)
 
     known = distillation.answers(teacher, train)
     with (
@@ -140,10 +141,14 @@ def line(entry: dict[str, Any]) -> str:
     return f"{entry['name']:>9} {' | '.join(cells)} {'met' if entry['met'] else 'MISSED'}"
 
 
-def measure(job: Job, within: search.Bounds) -> dict[str, Any]:
-    """All budgets: rows, refusals, and by how much the machine has slowed down since its table was measured."""
-    yardstick = {"reduce": paths.onnx("reduce")}
-    before = medians(yardstick, job.params.benchmark)["reduce"]["latency_p50_ms"]
+def timed(models: dict[str, Path], device: config.Benchmark) -> dict[str, float]:
+    """Milliseconds of each model, and of YARDSTICK, which always runs after the same large one."""
+    beside = {stage: paths.onnx(stage) for stage in ("finetune", YARDSTICK)}
+    return {name: found["latency_p50_ms"] for name, found in medians(models | beside, device).items()}
+
+
+def measure(job: Job, within: search.Bounds, before: float) -> dict[str, Any]:
+    """All budgets: rows, refusals, and how many times as long as `before`, with its table, the machine takes now."""
     budgets = {f"{number}": limits for number, limits in enumerate(drawn(within), 1)}
     least = {name: low * INFEASIBLE for name, (low, _) in within.items()}
     refusals = []
@@ -156,13 +161,14 @@ def measure(job: Job, within: search.Bounds) -> dict[str, Any]:
             budgets[f"offer {number}"] = offer
     models = {name: job.folder / f"{name}.onnx" for name in budgets}
     planned = {name: compressed(job, limits, models[name]) for name, limits in budgets.items()}
-    times = {name: found["latency_p50_ms"] for name, found in medians(models | yardstick, job.params.benchmark).items()}
-    slower = times["reduce"] / before
+    times = timed(models, job.params.benchmark)
+    slower = times[YARDSTICK] / before
     found = {name: costs.Cost(models[name].stat().st_size, times[name] / slower) for name in budgets}
     return {
         "rows": [row(name, limits, planned[name], found[name]) for name, limits in budgets.items()],
         "refusals": refusals,
         "slower": slower,
+        "undivided_latency_ms": times,
     }
 
 
@@ -183,13 +189,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
         path = Path(scratch) / paths.DEVICE.name
         profile.profile(params, path)
+        before = timed({}, params.benchmark)[YARDSTICK]
         job = Job(params, teacher, spec, costs.read(path), calibration, Path(scratch))
         with looked_at_once(job):
-            found = measure(job, search.bounds(params, job.table))
+            found = measure(job, search.bounds(params, job.table), before)
     print("", HEADER, *map(line, found["rows"]), sep="\n")
     ratios = [one["measured"]["latency_ms"] / one["planned"]["latency_ms"] for one in found["rows"]]
     print(f"measured milliseconds are {min(ratios):.3f} to {max(ratios):.3f} times the planned ones")
-    print(f"the machine takes {found['slower']:.3f} times as long as when its table was measured: divided out")
+    print(f"the machine takes {found['slower']:.3f} times as long as with its table, which is divided out; undivided:")
+    for one in found["rows"]:
+        if (limit := one["budget"].get("latency_ms")) is not None:
+            took = found["undivided_latency_ms"][one["name"]]
+            print(f"{one['name']:>9} {took:.4f} ms of {limit:.4f} {'met' if took <= limit else 'MISSED'}")
     about = {"seed": SEED, "margin": prune.MARGIN._asdict(), "processor": benchmark.processor()}
     device = params.benchmark.model_dump() | {"repetitions": REPETITIONS}
     files.write_json(REPORT, about | {"profile": device} | found)
