@@ -58,11 +58,11 @@ def networks(params: config.Params, table: costs.Table) -> costs.Table:
     net, spec, effects = untrained(params)
     look = functools.partial(survey, spec=spec)
     *_, whole = look(net, effects)
-    most, least = (allocation.allocate(whole, end, table).cost for end in (allocation.ANYTHING, allocation.NOTHING))
+    least, most = (allocation.allocate(whole, end, table).cost for end in (allocation.NOTHING, allocation.ANYTHING))
     images = list(noise(spec.preprocessing))
     planned: dict[str, costs.Cost] = {}
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
-        for size in track(np.geomspace(most.size_bytes, least.size_bytes, NETWORKS).tolist(), "cutting networks"):
+        for size in track(np.geomspace(least.size_bytes, most.size_bytes, NETWORKS).tolist(), "cutting networks"):
             slim = copy.deepcopy(net)
             plan = prune.within(slim, allocation.Limits(size, None), whole, table, look)
             name = f"{plan['size_bytes']:.0f}"
