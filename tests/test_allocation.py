@@ -89,10 +89,10 @@ def test_what_a_network_takes_beside_its_layers_counts_and_is_saved() -> None:
     assert ends == pytest.approx(allocation.allocate(dear, allocation.NOTHING, table()).cost)
 
 
-@pytest.mark.parametrize("bump", [0.0, 1.0])
-def test_a_clock_that_errs_in_the_middle_does_not_end_a_plan(bump: float) -> None:
-    size, _ = whole()
-    uneven = table() | {(costs.NETWORK, round(size * share), 0): bump * (share == 0.5) for share in (0.1, 0.5, 1.0)}
+def test_a_clock_that_errs_in_the_middle_does_not_end_a_plan() -> None:
+    """As if half of the network took longer than the whole: no step would be worth taking."""
+    size, latency = whole()
+    uneven = table() | {(costs.NETWORK, round(size / 2), 0): 100 * latency, (costs.NETWORK, round(size), 0): 0.0}
     assert allocation.allocate(network(), allocation.NOTHING, uneven).widths == [16, 16]
 
 
@@ -206,7 +206,7 @@ def test_a_network_that_was_measured_is_planned_to_take_what_it_took(
         plan = allocation.allocate(network, Limits(float(name) + 1, None), table)
         assert plan.cost.latency_ms == pytest.approx(1 + int(name) * 1e-6, rel=1e-3)
         assert size_bytes == pytest.approx(int(name), rel=0.03)  # nothing of it was removed before it was timed
-    monkeypatch.setattr(profile, "FORETOLD", 0.5)
+    monkeypatch.setattr(profile, "FORETOLD", 0.0)
     with pytest.raises(StageError, match=r"resnet18 cut to .* bytes has .* in its file, so budgets cannot be planned"):
         profile.profile(params, path)
 

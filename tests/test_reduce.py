@@ -600,6 +600,64 @@ class Drawn(NamedTuple):
     kinds: set[str]
 
 
+class Move(NamedTuple):
+    """A piece of a network that goes on from a tensor, and how often it is drawn."""
+
+    often: int
+    make: Callable[..., str]
+
+
+def some(rng: np.random.Generator, channels: dict[int, Any], width: int, share: float) -> Any:
+    """The channels of this width, as often as `share` says."""
+    return channels.get(width, ()) if rng.random() < share else ()
+
+
+def random_moves(b: Builder, dead: dict[int, Any], ignored: dict[int, Any]) -> dict[str, Move]:
+    """The kinds of structure that a network may get; most layers agree on the dead channels of a width."""
+    rng = b.rng
+
+    def conv(x: str, width: int = 0, **options: Any) -> str:
+        width = width or int(rng.choice([4, 6, 8]))
+        gone = {"dead": some(rng, dead, width, 0.85), "ignored": some(rng, ignored, b.width[x], 0.7)} | options
+        return b.conv(x, width, size=int(rng.choice([1, 3])), bias=bool(rng.random() < 0.7), **gone)
+
+    def depthwise(x: str) -> str:
+        return b.depthwise(x, dead=some(rng, dead, b.width[x], 0.8), bias=bool(rng.random() < 0.5))
+
+    def grouped(x: str) -> str:
+        groups = int(rng.choice([2, b.width[x] // 2]))
+        return b.relu(b.conv(x, b.width[x], dead=some(rng, dead, b.width[x], 0.8), groups=groups))
+
+    def residual(x: str) -> str:
+        last = {"dead": range(b.width[x])} if rng.random() < 0.4 else {}
+        inner = conv(b.relu(conv(x)), b.width[x], **last)
+        return b.node("Add", *((x, inner) if rng.random() < 0.5 else (inner, x)))
+
+    def shared(x: str) -> str:
+        width = b.width[x]
+        weight = b.constant(b.weights(width, width, 1, 1, dead=some(rng, dead, width, 0.9)))
+        return b.relu(b.node("Conv", b.relu(b.node("Conv", x, weight)), weight))
+
+    def pool(x: str) -> str:
+        return b.pool(x, str(rng.choice(["MaxPool", "AveragePool"])))
+
+    return {
+        "convolution": Move(1, conv),
+        "chain": Move(2, lambda x: b.relu(conv(b.relu(conv(x))))),
+        "residual": Move(2, residual),
+        "residual with Relu": Move(1, lambda x: b.relu(residual(x))),
+        "depthwise": Move(2, depthwise),
+        "Clip": Move(1, lambda x: b.clip(conv(x), *sorted(rng.normal(0, 2, 2)))),
+        "Clip that holds zero": Move(1, lambda x: b.clip(conv(x), 0, 6)),
+        "Concat": Move(2, lambda x: b.node("Concat", x, conv(x, 4), width=b.width[x] + 4, axis=1)),
+        "grouped convolution": Move(1, grouped),
+        "gate": Move(1, lambda x: b.node("Mul", x, b.node("Sigmoid", x))),
+        "Add of a constant": Move(1, lambda x: b.node("Add", x, b.constant(b.weights(1, b.width[x], 1, 1)))),
+        "pooling": Move(1, pool),
+        "shared weights": Move(1, shared),
+    }
+
+
 def random_network(seed: int) -> tuple[onnx.ModelProto, set[str], list[str]]:
     """A float network in which each width has dead channels that most of its layers agree on.
 
@@ -609,72 +667,29 @@ def random_network(seed: int) -> tuple[onnx.ModelProto, set[str], list[str]]:
     rng = b.rng
     dead = {width: np.flatnonzero(rng.random(width) < 0.4) for width in (4, 6, 8, 10, 12)}
     ignored = {width: np.flatnonzero(rng.random(width) < 0.2) for width in dead}
-
-    def some(channels: dict[int, Any], width: int, share: float) -> Any:
-        return channels.get(width, ()) if rng.random() < share else ()
-
-    def conv(x: str, width: int = 0, **options: Any) -> str:
-        width = width or int(rng.choice([4, 6, 8]))
-        gone = {"dead": some(dead, width, 0.85), "ignored": some(ignored, b.width[x], 0.7)} | options
-        return b.conv(x, width, size=int(rng.choice([1, 3])), bias=bool(rng.random() < 0.7), **gone)
-
-    def depthwise(x: str) -> str:
-        return b.depthwise(x, dead=some(dead, b.width[x], 0.8), bias=bool(rng.random() < 0.5))
-
-    def grouped(x: str) -> str:
-        groups = int(rng.choice([2, b.width[x] // 2]))
-        return b.relu(b.conv(x, b.width[x], dead=some(dead, b.width[x], 0.8), groups=groups))
-
-    def residual(x: str) -> str:
-        last = {"dead": range(b.width[x])} if rng.random() < 0.4 else {}
-        inner = conv(b.relu(conv(x)), b.width[x], **last)
-        return b.node("Add", *((x, inner) if rng.random() < 0.5 else (inner, x)))
-
-    def shared(x: str) -> str:
-        width = b.width[x]
-        weight = b.constant(b.weights(width, width, 1, 1, dead=some(dead, width, 0.9)))
-        return b.relu(b.node("Conv", b.relu(b.node("Conv", x, weight)), weight))
-
-    def pool(x: str) -> str:
-        return b.pool(x, str(rng.choice(["MaxPool", "AveragePool"])))
-
-    moves: dict[str, tuple[int, Callable[[str], str]]] = {  # and how often
-        "convolution": (1, conv),
-        "chain": (2, lambda x: b.relu(conv(b.relu(conv(x))))),
-        "residual": (2, residual),
-        "residual with Relu": (1, lambda x: b.relu(residual(x))),
-        "depthwise": (2, depthwise),
-        "Clip": (1, lambda x: b.clip(conv(x), *sorted(rng.normal(0, 2, 2)))),
-        "Clip that holds zero": (1, lambda x: b.clip(conv(x), 0, 6)),
-        "Concat": (2, lambda x: b.node("Concat", x, conv(x, 4), width=b.width[x] + 4, axis=1)),
-        "grouped convolution": (1, grouped),
-        "gate": (1, lambda x: b.node("Mul", x, b.node("Sigmoid", x))),
-        "Add of a constant": (1, lambda x: b.node("Add", x, b.constant(b.weights(1, b.width[x], 1, 1)))),
-        "pooling": (1, pool),
-        "shared weights": (1, shared),
-    }
+    moves = random_moves(b, dead, ignored)
     kinds: set[str] = set()
-    x, float32 = b.relu(conv("image", 8)), []
+    x, float32 = b.relu(moves["convolution"].make("image", 8)), []
     if rng.random() < 0.5:
         front = str(rng.choice(list(FRONT)))
         kinds.add(front)
-        x = depthwise(x) if FRONT[front] == 2 else x
+        x = moves["depthwise"].make(x) if FRONT[front] == 2 else x
         float32 = [node.input[1] for node in b.nodes if node.op_type == "Conv"]
     for _ in range(int(rng.integers(2, 6))):
         barred = {"Concat"} if b.width[x] > 8 else {"pooling"} if b.side[x] <= 2 else set()
-        names = [name for name, (often, _) in moves.items() for _ in range(often) if name not in barred]
+        names = [name for name, move in moves.items() for _ in range(move.often) if name not in barred]
         name = str(rng.choice(names))
         kinds.add(name)
-        x = moves[name][1](x)
+        x = moves[name].make(x)
     features = rng.random() < 0.5
     kinds.add("Flatten of a picture" if features and b.side[x] > 1 else "Flatten of a mean")
     x = b.flatten(x if features else b.mean(x))
     if rng.random() < 0.5:
         kinds.add("hidden Gemm")
-        x = b.relu(b.gemm(x, 8, dead=some(dead, 8, 0.9), transposed=bool(rng.random() < 0.5)))
+        x = b.relu(b.gemm(x, 8, dead=some(rng, dead, 8, 0.9), transposed=bool(rng.random() < 0.5)))
     last = "MatMul" if rng.random() < 0.3 else "Gemm"
     kinds.add(last)
-    logits = b.matmul(x, 4) if last == "MatMul" else b.gemm(x, 4, ignored=some(ignored, b.width[x], 0.5))
+    logits = b.matmul(x, 4) if last == "MatMul" else b.gemm(x, 4, ignored=some(rng, ignored, b.width[x], 0.5))
     return b.model(logits), kinds, float32
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict
 
-from tasks.core.errors import StageError
+from tasks.core.errors import StageError, first_line
 
 Batch = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
@@ -104,7 +104,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
                 raise StageError(f"{path} does not hold prepared images (it has no column {min(missing)!r})")
             yield opened
     except pa.ArrowInvalid as error:
-        raise StageError(f"{path} does not hold prepared images ({str(error).splitlines()[0]})") from None
+        raise StageError(f"{path} does not hold prepared images ({first_line(error)})") from None
 
 
 def batches(path: Path, preprocessing: Preprocessing, classes: tuple[str, ...], size: int) -> Iterator[Batch]:

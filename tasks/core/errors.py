@@ -23,6 +23,11 @@ class RegistryError(WeighinError):
     """A decision could not be read or recorded."""
 
 
+def first_line(error: Exception) -> str:
+    """What an exception of others says, in one line; its name if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a stage's `main`; end the process with status 1 and one line `error: …` on stderr if it cannot go on.
 

@@ -14,7 +14,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from tasks.core import config
-from tasks.core.errors import StageError
+from tasks.core.errors import StageError, first_line
 
 Removed = dict[str, dict[str, list[int]]]  # module -> "out" and "in" -> removed channel numbers
 
@@ -126,9 +126,7 @@ def known_structure() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, IndexError) as error:
-        raise StageError(
-            f"prune.channels does not know this backbone's structure: {str(error).splitlines()[0]}"
-        ) from None
+        raise StageError(f"prune.channels does not know this backbone's structure: {first_line(error)}") from None
 
 
 def channel_groups(net: nn.Module, example: Tensor, head: str) -> tuple[tp.DependencyGraph, list[tp.dependency.Group]]:

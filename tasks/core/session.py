@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from tasks.core.errors import StageError
+from tasks.core.errors import StageError, first_line
 
 if TYPE_CHECKING:
     import onnx
@@ -40,7 +40,7 @@ def open_session(model: Path | bytes, threads: int, optimized: Path | None = Non
     except Exception as error:
         # onnxruntime's own errors have no common base but Exception
         name = model if isinstance(model, Path) else "the model"
-        raise StageError(f"{name} does not load in ONNX Runtime: {str(error).splitlines()[0]}") from None
+        raise StageError(f"{name} does not load in ONNX Runtime: {first_line(error)}") from None
 
 
 def logits(session: ort.InferenceSession, images: Images) -> Logits:
@@ -49,8 +49,7 @@ def logits(session: ort.InferenceSession, images: Images) -> Logits:
         result: Logits = session.run(None, {session.get_inputs()[0].name: images})[0]
     except Exception as error:
         # as above
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise StageError(f"the model does not run in ONNX Runtime: {said}") from None
+        raise StageError(f"the model does not run in ONNX Runtime: {first_line(error)}") from None
     return result
 
 

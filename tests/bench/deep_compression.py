@@ -236,6 +236,12 @@ def compress(teacher: nn.Module, recipe: Recipe, seed: int, train: Pixels, val: 
     return prune.masked(teacher, slim, removed, torch.stack([val[index][0] for index in range(2)]))
 
 
+def missed(model: Path, split: Path, preprocessing: dataset.Preprocessing) -> float:
+    """The share of a split that a model has wrong."""
+    ready = session.open_session(model, threads=1)
+    return round(1 - session.top1(ready, dataset.batches(split, preprocessing, CLASSES, 250)), 6)
+
+
 def measure(network: str, seed: int, data: Path, scratch: Path) -> dict[str, Any]:
     """One line of the table."""
     started, recipe = time.monotonic(), RECIPES[network]
@@ -261,11 +267,6 @@ def measure(network: str, seed: int, data: Path, scratch: Path) -> dict[str, Any
     (scratch / "final.onnx").write_bytes(zstandard.ZstdDecompressor().decompress(packed))
     minutes = (time.monotonic() - started) / 60
 
-    def error(model: Path, part: str) -> float:
-        ready = session.open_session(model, threads=1)
-        top1 = session.top1(ready, dataset.batches(data / f"{part}.parquet", preprocessing, CLASSES, 250))
-        return round(1 - top1, 6)
-
     sizes = {name: (scratch / name).stat().st_size for name in ("fp32.onnx", "final.onnx", "final.onnx.zst")}
     parameters, left = graph.parameters(reduced)
     row: dict[str, Any] = {
@@ -277,9 +278,9 @@ def measure(network: str, seed: int, data: Path, scratch: Path) -> dict[str, Any
         "times_smaller": sizes["fp32.onnx"] / sizes["final.onnx.zst"],
         "parameters": parameters,
         "nonzero_parameters": left,
-        "fp32_error": error(scratch / "fp32.onnx", "test"),
-        "val_error": error(scratch / "final.onnx", "val"),
-        "error": error(scratch / "final.onnx", "test"),
+        "fp32_error": missed(scratch / "fp32.onnx", data / "test.parquet", preprocessing),
+        "val_error": missed(scratch / "final.onnx", data / "val.parquet", preprocessing),
+        "error": missed(scratch / "final.onnx", data / "test.parquet", preprocessing),
         "bit_identical_images": reduce.prove(
             scratch / "quantized.onnx", scratch / "final.onnx", data / "test.parquet", threads=1
         ),

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from tasks import benchmark, quantize
 from tasks.core import config, dataset, files, paths, session
-from tasks.core.errors import StageError, run
+from tasks.core.errors import StageError, first_line, run
 
 HERE = Path(__file__).parent
 TARGET = ROOT / paths.REPORTS / "bench" / "peers.json"
@@ -131,7 +131,7 @@ def weighed(model: Path, copy: Path, original: onnx.ModelProto, params: config.P
         return {"top1": benchmark.accuracy(actual, predicted, params.classes)["top1"], **benchmark.weight(copy)}
     except Exception as error:
         # what may be wrong with a file of others has no common base but Exception
-        raise StageError((str(error).splitlines() or [type(error).__name__])[0]) from None
+        raise StageError(first_line(error)) from None
 
 
 def medians(models: dict[str, Path], profile: config.Benchmark) -> dict[str, dict[str, float]]:

@@ -126,6 +126,14 @@ def finished(method: str, source: Path, on: Task, factor: float | None = None) -
     return measure(method, after, on) | (rounding.lost(quantized, onnx.load(source), factor) if factor else {})
 
 
+@torch.no_grad()
+def mask(net: nn.Module, sparse: nn.Module) -> None:
+    """Put the sparse network's zeros into another; the classifier's biases stay."""
+    for (name, parameter), kept in zip(net.named_parameters(), sparse.parameters(), strict=True):
+        if name != f"{backbone.head(net)}.bias":
+            parameter.mul_(kept != 0)
+
+
 def runs(seed: int, digits: Task, fashion: Task) -> list[dict[str, Any]]:
     """One run of each line."""
     rows: list[dict[str, Any]] = []
@@ -166,10 +174,7 @@ def runs(seed: int, digits: Task, fashion: Task) -> list[dict[str, Any]]:
         add(f"{name}, recovered", net, digits)
 
     sparse, scratch = next(iter(recovered.values())), fresh()
-    with torch.no_grad():
-        for (name, parameter), mask in zip(scratch.named_parameters(), sparse.parameters(), strict=True):
-            if name != f"{backbone.head(scratch)}.bias":
-                parameter.mul_(mask != 0)
+    mask(scratch, sparse)
     add("digits' masks and weights, masks held", trained(copy.deepcopy(sparse), fashion, seed, held=True), fashion)
     add("digits' masks held, from scratch", trained(scratch, fashion, seed, held=True), fashion)
     add("digits' dense weights, fine-tuned dense", trained(copy.deepcopy(dense), fashion, seed), fashion)
