@@ -27,7 +27,7 @@ from tasks.core.export import export
 from tasks.core.progress import track
 
 ROUNDS = 5  # what disturbs the machine for a few seconds is in one of them
-NETWORKS = 8
+NETWORKS = 8  # by bytes, and as many by milliseconds
 IMAGES = 32
 FORETOLD = 0.1  # of the planned bytes: what differs by more is not a matter of names and constants
 
@@ -62,9 +62,13 @@ def networks(params: config.Params, table: costs.Table) -> costs.Table:
     images = list(noise(spec.preprocessing))
     planned: dict[str, costs.Cost] = {}
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
-        for size in track(np.geomspace(least.size_bytes, most.size_bytes, NETWORKS).tolist(), "cutting networks"):
+        ends = zip(least, most, strict=True)
+        sizes, latencies = (np.geomspace(low, high, NETWORKS).tolist() for low, high in ends)
+        limits = [allocation.Limits(size, None) for size in sizes]
+        limits += [allocation.Limits(None, latency) for latency in latencies]  # other shapes, which may take longer
+        for limit in track(limits, "cutting networks"):
             slim = copy.deepcopy(net)
-            plan = prune.within(slim, allocation.Limits(size, None), whole, table, look)
+            plan = prune.within(slim, limit, whole, table, look)
             name = f"{plan['size_bytes']:.0f}"
             if name not in planned:
                 written(slim, spec, images, params.quantize, plan, Path(scratch) / name)

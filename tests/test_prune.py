@@ -534,6 +534,21 @@ def test_the_teacher_teaches(crop_scale: float, repository: Path, tmp_path: Path
     assert top1["bad"] < 0.5
 
 
+def test_without_a_share_the_teacher_is_not_asked(repository: Path, tmp_path: Path) -> None:
+    _, spec = teacher(repository)
+    master, _ = network("mlp", 8)
+    master.register_forward_hook(lambda *_: pytest.fail("the teacher was asked"))
+    train, val = (
+        training.Images(repository / f"data/prepared/{name}.parquet", spec.preprocessing, CLASSES)
+        for name in ("train", "val")
+    )
+    params = config.Recovery.model_validate(RECOVERY | {"teacher_share": 0.0})
+    torch.manual_seed(1)
+    student = backbone.create("mlp", 10, spec.preprocessing)
+    distillation.distill(student, master, params, train, val, checkpoint=tmp_path / "checkpoint.pt")
+    assert training.evaluate(student, val)[0] > 0.8
+
+
 def test_nothing_to_prune_is_the_same_network(repository: Path, tmp_path: Path) -> None:
     net, spec = teacher(repository)
     full, plan, history = pruned(repository, tmp_path / "checkpoint.pt", net, spec)

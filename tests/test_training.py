@@ -265,7 +265,14 @@ def test_images_are_augmented_in_training_only(digits: Path) -> None:
     assert len({augmented[0][0].numpy().tobytes() for _ in range(10)}) > 5
     flipped = parameters(augment={"crop_scale": 1.0, "flip": 1.0}).augment
     mirrored = training.Images(digits / "train.parquet", preprocessing, CLASSES, flipped)
-    assert (mirrored[0][0].shape, mirrored[0][0].dtype, mirrored[0][1]) == ((1, 8, 8), torch.float32, plain[0][1])
+    assert torch.equal(mirrored[0][0], plain[0][0].flip(2))
+    assert mirrored[0][1] == plain[0][1]
+    cropped = parameters(augment={"crop_scale": 0.5, "flip": 0.0}).augment
+    part = training.Images(digits / "train.parquet", preprocessing, CLASSES, cropped)
+    assert (part[0][0].shape, part[0][0].dtype, part[0][1]) == ((1, 8, 8), torch.float32, plain[0][1])
+    erased = parameters(augment={"crop_scale": 1.0, "flip": 0.0, "erase": 1.0}).augment
+    holed = training.Images(digits / "train.parquet", preprocessing, CLASSES, erased)
+    assert not torch.equal(holed[0][0], plain[0][0])
 
 
 class Malicious:

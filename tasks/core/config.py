@@ -161,10 +161,12 @@ class SingleWeights(Section):
 
 
 class Recovery(Section):
-    """Distillation from the fine-tuned teacher (Hinton et al. 2015, arXiv:1503.02531)."""
+    """Training after pruning, by labels and by distillation from the fine-tuned teacher (arXiv:1503.02531)."""
 
     temperature: Positive = Field(description="softens both distributions")
-    teacher_share: Fraction = Field(description="share of the loss that the teacher has; the labels have the rest")
+    teacher_share: Fraction = Field(
+        description="share of the loss that the teacher has, which is not asked at 0; the labels have the rest"
+    )
     training: Training
 
 

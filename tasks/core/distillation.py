@@ -20,19 +20,22 @@ def distill(
     val: training.Images,
     **fit: Any,
 ) -> list[dict[str, float]]:
-    """Train the student, in place, to answer as the teacher does; returns the history.
+    """Train the student, in place, to answer as the teacher and the labels do; returns the history.
 
-    `train` comes without augmentation: that is a part of the parameters.
+    `train` comes without augmentation: that is a part of the parameters. A teacher without a share is not asked.
     """
     where = training.device()
     student.to(where)
     teacher.to(where).eval()
     augment = params.training.augment
-    if augment.crop_scale == 1 and augment.erase == 0:  # then the teacher has but two answers to an image
-        loss: training.Loss = answered(answers(teacher, train), torch.tensor(train.labels), params)
-        history = training.fit(student, Mirrored(train, augment.flip), val, loss, params.training, **fit)
-    else:
-        history = training.fit(student, train.augmented(augment), val, taught(teacher, params), params.training, **fit)
+    images: training.Labelled = train.augmented(augment)
+    loss = training.cross_entropy(params.training.label_smoothing)
+    if params.teacher_share > 0 and augment.crop_scale == 1 and augment.erase == 0:
+        images = Mirrored(train, augment.flip)  # the teacher has but two answers to an image
+        loss = answered(answers(teacher, train), torch.tensor(train.labels), params)
+    elif params.teacher_share > 0:
+        loss = taught(teacher, params)
+    history = training.fit(student, images, val, loss, params.training, **fit)
     student.cpu()
     teacher.cpu()
     return history
