@@ -197,11 +197,11 @@ def test_a_network_that_was_measured_is_planned_to_take_what_it_took(
 
     monkeypatch.setattr(profile.benchmark, "latencies", latencies)
     monkeypatch.setattr(profile.costs, "measure", lambda *_: 1e-3)
-    monkeypatch.setattr(profile, "NETWORKS", 2)
+    monkeypatch.setattr(profile, "NETWORKS", 3)
     params, path = digits_by("resnet18"), tmp_path / "device.json"
     about = profile.profile(params, path)
     table, network = costs.read(path), profile.network(params)
-    assert (about["networks"], about["layers"]) == (2, len(table) - 2)
+    assert about["layers"] == len(table) - 4  # the least and the whole; between them one by bytes, one by milliseconds
     for name, size_bytes in files_of.items():
         plan = allocation.allocate(network, Limits(float(name) + 1, None), table)
         assert plan.cost.latency_ms == pytest.approx(1 + int(name) * 1e-6, rel=1e-3)
@@ -219,7 +219,7 @@ def test_profile_measures_on_this_machine(tmp_path: Path, monkeypatch: pytest.Mo
     about = profile.profile(params, path)
     table = costs.read(path)
     assert (ADD, 16, 16) not in table
-    assert about["networks"] == len([point for point in table if point[0] == costs.NETWORK]) < profile.NETWORKS
+    assert about["networks"] == len([point for point in table if point[0] == costs.NETWORK]) < 2 * profile.NETWORKS
     network = profile.network(params)
     most, least = (allocation.allocate(network, end, table).cost for end in (allocation.ANYTHING, allocation.NOTHING))
     assert most.latency_ms > least.latency_ms > 0
