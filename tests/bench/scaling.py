@@ -3,11 +3,15 @@
 Networks of random weights, at 96 and 224 pixels, on random images. Every stage runs in a process of its own, with one
 thread, as DVC runs it. `prune` removes half of the channels and does not recover: what it takes here is deciding,
 masking and export; recovery takes what its epochs take. Seconds are the processor's, those of the imports among them:
-on a quiet machine they are what passes. Prints a table, and writes data/reports/bench/scaling.json. About ten minutes.
+on a quiet machine they are what passes. Then the int8 network is trained on its own grid for an epoch, and both, as
+calibrated and as trained, are compared with what `reduce` makes of them, at one and two threads: on how many of the
+images all logits are the same to the bit, with ONNX Runtime's optimizations, and without, where it computes in float32.
+Prints a table, and writes data/reports/bench/scaling.json. About a quarter of an hour.
 """
 
 import argparse
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -28,13 +32,30 @@ REPORT = ROOT / paths.REPORTS / "bench" / "scaling.json"
 NETWORKS = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2", "resnet18", "mobilenetv2_100")
 SIDES = (96, 224)
 STAGES = ("prune", "quantize", "reduce")
+EXACT = "exact"
 CLASSES = tuple("0123456789")
 SPLITS = {"train": 64, "val": 32, "test": 32}
 PRUNE = config.Prune(channels=config.Channels(ratio=0.5), recovery=None)
 QUANTIZE = config.Quantize(calibration_images=32, percentile=99.99)
+QAT = config.Qat(
+    max_top1_drop=0,
+    temperature=1,
+    teacher_share=1,
+    training=config.Training(
+        epochs=1,
+        batch_size=32,
+        optimizer="adamw",
+        learning_rate=0.001,
+        weight_decay=0,
+        schedule="one-cycle",
+        label_smoothing=0,
+        augment=config.Augment(crop_scale=1, flip=0.5),
+        seed=0,
+    ),
+)
 HEADER = (
     f"{'network':22} {'px':>4} {'parameters':>10} | {'prune s':>8} {'MB':>6} | {'quantize s':>10} {'MB':>6} | "
-    f"{'reduce s':>8} {'MB':>6} | {'bytes before':>12} {'after':>10} bit-identical on"
+    f"{'reduce s':>8} {'MB':>6} | {'bytes before':>12} {'after':>10} | {'same bits':>9} {'float32':>7}"
 )
 
 
@@ -81,6 +102,7 @@ def prune() -> dict[str, Any]:
 
     teacher, spec = backbone.load(paths.weights("finetune"), paths.spec("finetune"))
     found = prune.prune(teacher, spec, PRUNE, paths.TRAIN, paths.VAL, Path("checkpoint.pt"))
+    backbone.save(found.net, spec, paths.weights("prune"), paths.spec("prune"))
     export(found.net, spec, paths.onnx("prune"))
     return {}
 
@@ -112,10 +134,37 @@ def reduce() -> dict[str, Any]:
     return {**sizes, "bit_identical_images": images, "removal_seconds": removed}
 
 
+def exact() -> dict[str, Any]:
+    """By way to train and to run: the share of images on which the reduced network has the very logits of the other."""
+    import numpy as np
+    import onnx
+    import onnxruntime as ort
+
+    from tasks import quantize, reduce
+    from tasks.core import dataset, session
+
+    calibrated = onnx.load(paths.onnx("quantize"))
+    trained = onnx.load(paths.onnx("quantize"))
+    quantize.trained(trained, QAT, None)
+    preprocessing, _ = session.description(session.open_session(paths.onnx("quantize"), threads=1))
+    images = next(dataset.images(paths.TEST, preprocessing, SPLITS["test"]))
+    levels = {"optimized": ort.GraphOptimizationLevel.ORT_ENABLE_ALL, "not": ort.GraphOptimizationLevel.ORT_DISABLE_ALL}
+    found: dict[str, Any] = {}
+    for name, model in {"calibrated": calibrated, "trained": trained}.items():
+        pair = [one.SerializeToString() for one in (model, reduce.reduce(model)[0])]
+        for threads, (level, value) in itertools.product((1, 2), levels.items()):
+            options = ort.SessionOptions()
+            options.intra_op_num_threads, options.graph_optimization_level = threads, value
+            ready = [ort.InferenceSession(one, options, providers=["CPUExecutionProvider"]) for one in pair]
+            before, after = (session.logits(one, images).view(np.uint32) for one in ready)
+            found.setdefault(level, {})[f"{name}, {threads}"] = float((before == after).all(axis=1).mean())
+    return found
+
+
 def stage(name: str) -> None:
     """Run one stage in this process, in the working directory, and print what it took."""
     began = time.perf_counter()
-    found = {"prune": prune, "quantize": quantize, "reduce": reduce}[name]()
+    found = {"prune": prune, "quantize": quantize, "reduce": reduce, EXACT: exact}[name]()
     took = {"seconds": time.process_time(), "wall_seconds": time.perf_counter() - began}
     print(json.dumps(found | took | {"peak_rss_bytes": peak_rss_bytes()}))
 
@@ -136,7 +185,7 @@ def measure(network: str, side: int) -> dict[str, Any]:
     """A row: what every stage takes, and what `reduce` makes of the network."""
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
         row = {"network": network, "pixels": side} | alone(Path(scratch), "--start", network, str(side))
-        return row | {name: alone(Path(scratch), "--stage", name) for name in STAGES}
+        return row | {name: alone(Path(scratch), "--stage", name) for name in (*STAGES, EXACT)}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -146,9 +195,11 @@ def line(row: dict[str, Any]) -> str:
         for name, width in zip(STAGES, (8, 10, 8), strict=True)
     )
     reduced = row["reduce"]
+    least = (min(row[EXACT][level].values()) for level in ("optimized", "not"))
     return (
         f"{row['network']:22} {row['pixels']:4} {row['parameters']:10,} | {took} | "
-        f"{reduced['size_bytes_before']:12,} {reduced['size_bytes_after']:10,} {reduced['bit_identical_images']} images"
+        f"{reduced['size_bytes_before']:12,} {reduced['size_bytes_after']:10,} | "
+        "{:9.1%} {:7.1%}".format(*least)
     )
 
 
@@ -156,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=NETWORKS, help="this network alone")
     parser.add_argument("--start", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=(*STAGES, EXACT), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.start:
         print(json.dumps(start(arguments.start[0], int(arguments.start[1]))))
