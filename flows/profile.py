@@ -65,7 +65,7 @@ def networks(params: config.Params, table: costs.Table) -> costs.Table:
         ends = zip(least, most, strict=True)
         sizes, latencies = (np.geomspace(low, high, NETWORKS).tolist() for low, high in ends)
         limits = [allocation.Limits(size, None) for size in sizes]
-        limits += [allocation.Limits(None, latency) for latency in latencies]  # other shapes, which may take longer
+        limits += [allocation.Limits(None, latency) for latency in latencies]  # of other shapes
         for limit in track(limits, "cutting networks"):
             slim = copy.deepcopy(net)
             plan = prune.within(slim, limit, whole, table, look)

@@ -1,4 +1,4 @@
-"""prune: decide what goes, zero it, and recover by distillation; the physical shape stays."""
+"""prune: decide what goes, zero it, and train what is left; the physical shape stays."""
 
 import copy
 import hashlib
@@ -19,7 +19,9 @@ from tasks.core.export import export
 from tasks.core.progress import track
 
 TAYLOR_IMAGES, TAYLOR_BATCH = 1024, 32
-MARGIN = costs.Cost(0.97, 0.85)  # of a limit: what is planned and what is measured later differ by about as much
+MARGIN = costs.Cost(
+    0.97, 0.85
+)  # of a limit: what is planned and what is measured differ by less, if the machine is the same
 LOOSER = 1.5  # from one try to the next, where what fits the budget does not hold the top-1
 TRIES = 4
 

@@ -267,10 +267,15 @@ def test_images_are_augmented_in_training_only(digits: Path) -> None:
     mirrored = training.Images(digits / "train.parquet", preprocessing, CLASSES, flipped)
     assert torch.equal(mirrored[0][0], plain[0][0].flip(2))
     assert mirrored[0][1] == plain[0][1]
+    wide = io.BytesIO()
+    Image.fromarray(np.arange(128, dtype=np.uint8).reshape(8, 16)).save(wide, "PNG")
+    plain.images[0] = mirrored.images[0] = wide.getvalue()
+    assert torch.equal(mirrored[0][0], plain[0][0].flip(2))
     cropped = parameters(augment={"crop_scale": 0.5, "flip": 0.0}).augment
     part = training.Images(digits / "train.parquet", preprocessing, CLASSES, cropped)
     assert (part[0][0].shape, part[0][0].dtype, part[0][1]) == ((1, 8, 8), torch.float32, plain[0][1])
     erased = parameters(augment={"crop_scale": 1.0, "flip": 0.0, "erase": 1.0}).augment
+    torch.manual_seed(0)
     holed = training.Images(digits / "train.parquet", preprocessing, CLASSES, erased)
     assert not torch.equal(holed[0][0], plain[0][0])
 

@@ -6,7 +6,8 @@ masking and export; recovery takes what its epochs take. Seconds are the process
 on a quiet machine they are what passes. Then the int8 network is trained on its own grid for an epoch, and both, as
 calibrated and as trained, are compared with what `reduce` makes of them, at one and two threads: on how many of the
 images all logits are the same to the bit, with ONNX Runtime's optimizations, and without, where it computes in float32.
-Prints a table, and writes data/reports/bench/scaling.json. About a quarter of an hour.
+Then the same of the last run's own network, on the test split. Prints a table, writes data/reports/bench/scaling.json,
+and ends with status 1 if bits differ where ONNX Runtime runs as it does by default. About a quarter of an hour.
 """
 
 import argparse
@@ -33,6 +34,8 @@ NETWORKS = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_l
 SIDES = (96, 224)
 STAGES = ("prune", "quantize", "reduce")
 EXACT = "exact"
+LEVELS = {"optimized": 99, "not": 0}  # ONNX Runtime's ORT_ENABLE_ALL and ORT_DISABLE_ALL
+BATCH = 250
 CLASSES = tuple("0123456789")
 SPLITS = {"train": 64, "val": 32, "test": 32}
 PRUNE = config.Prune(channels=config.Channels(ratio=0.5), recovery=None)
@@ -136,9 +139,7 @@ def reduce() -> dict[str, Any]:
 
 def exact() -> dict[str, Any]:
     """By way to train and to run: the share of images on which the reduced network has the very logits of the other."""
-    import numpy as np
     import onnx
-    import onnxruntime as ort
 
     from tasks import quantize, reduce
     from tasks.core import dataset, session
@@ -148,17 +149,41 @@ def exact() -> dict[str, Any]:
     quantize.trained(trained, QAT, None)
     preprocessing, _ = session.description(session.open_session(paths.onnx("quantize"), threads=1))
     images = next(dataset.images(paths.TEST, preprocessing, SPLITS["test"]))
-    levels = {"optimized": ort.GraphOptimizationLevel.ORT_ENABLE_ALL, "not": ort.GraphOptimizationLevel.ORT_DISABLE_ALL}
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {level: {} for level in LEVELS}
     for name, model in {"calibrated": calibrated, "trained": trained}.items():
         pair = [one.SerializeToString() for one in (model, reduce.reduce(model)[0])]
-        for threads, (level, value) in itertools.product((1, 2), levels.items()):
-            options = ort.SessionOptions()
-            options.intra_op_num_threads, options.graph_optimization_level = threads, value
-            ready = [ort.InferenceSession(one, options, providers=["CPUExecutionProvider"]) for one in pair]
-            before, after = (session.logits(one, images).view(np.uint32) for one in ready)
-            found.setdefault(level, {})[f"{name}, {threads}"] = float((before == after).all(axis=1).mean())
+        for level, shares in same(pair, images).items():
+            found[level] |= {f"{name}, {threads}": share for threads, share in shares.items()}
     return found
+
+
+def same(pair: list[bytes], images: Any) -> dict[str, dict[int, float]]:
+    """By level of optimization and threads: the share of images on which two models have the very same logits."""
+    import numpy as np
+    import onnxruntime as ort
+
+    from tasks.core import session
+
+    found: dict[str, dict[int, float]] = {level: {} for level in LEVELS}
+    for threads, (level, value) in itertools.product((1, 2), LEVELS.items()):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.graph_optimization_level = threads, ort.GraphOptimizationLevel(value)
+        ready = [ort.InferenceSession(one, options, providers=["CPUExecutionProvider"]) for one in pair]
+        before, after = (session.logits(one, images).view(np.uint32) for one in ready)
+        found[level][threads] = float((before == after).all(axis=1).mean())
+    return found
+
+
+def own() -> dict[str, dict[int, float]]:
+    """`same` of the last run's quantized and reduced network, on all of the test split."""
+    import numpy as np
+
+    from tasks.core import dataset, session
+
+    source, target = (ROOT / paths.onnx(name) for name in ("quantize", "reduce"))
+    preprocessing, _ = session.description(session.open_session(source, threads=1))
+    images = np.concatenate(list(dataset.images(ROOT / paths.TEST, preprocessing, BATCH)))
+    return same([source.read_bytes(), target.read_bytes()], images)
 
 
 def stage(name: str) -> None:
@@ -195,7 +220,7 @@ def line(row: dict[str, Any]) -> str:
         for name, width in zip(STAGES, (8, 10, 8), strict=True)
     )
     reduced = row["reduce"]
-    least = (min(row[EXACT][level].values()) for level in ("optimized", "not"))
+    least = (min(row[EXACT][level].values()) for level in LEVELS)
     return (
         f"{row['network']:22} {row['pixels']:4} {row['parameters']:10,} | {took} | "
         f"{reduced['size_bytes_before']:12,} {reduced['size_bytes_after']:10,} | "
@@ -224,7 +249,13 @@ def main() -> None:
     from tasks.benchmark import processor
 
     about = {"splits": SPLITS, "prune": PRUNE.model_dump(), "quantize": QUANTIZE.model_dump(), "threads": 1}
-    files.write_json(REPORT, about | {"processor": processor(), "rows": rows})
+    compared = [row[EXACT] for row in rows]
+    if (ROOT / paths.onnx("reduce")).exists():
+        compared.append(own())
+        for level, shares in compared[-1].items():
+            print(f"the last run's network, {level}: the same bits on {min(shares.values()):.1%} of the test images")
+    files.write_json(REPORT, about | {"processor": processor(), "rows": rows, "own": compared[len(rows) :]})
+    sys.exit(any(min(one["optimized"].values()) < 1 for one in compared))
 
 
 if __name__ == "__main__":
