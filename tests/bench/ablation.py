@@ -33,7 +33,6 @@ REPORT = ROOT / paths.REPORTS / "bench" / "ablation.json"
 TRAIN, VAL, TEST = (ROOT / path for path in (paths.TRAIN, paths.VAL, paths.TEST))
 REFERENCE, RECIPE = "fine-tuned, fp32", "the recipe"
 STEP = 1 / 32
-TEACHER_SHARE = 0.7
 COLUMNS = {"top1": "{:.2%}", "size_bytes": "{:,.0f}", "zst_bytes": "{:,.0f}", "latency_p50_ms": "{:.3f}"}
 HEADER = f"{'':36} {'top-1':>24} {'bytes':>30} {'.zst bytes':>30} {'p50 ms':>24}"
 
@@ -60,10 +59,10 @@ def compressed(job: Job, **changes: Any) -> prune.Pruned:
         return prune.compress(job.teacher, job.spec, limits, params, job.table, TRAIN, VAL, checkpoint)
 
 
-def taught(job: Job) -> prune.Pruned:
-    """Recovery by distillation from the fine-tuned network, not from the labels alone."""
+def untaught(job: Job) -> prune.Pruned:
+    """Recovery from the labels alone."""
     recovery = job.params.prune.recovery
-    return compressed(job, recovery=recovery and recovery.model_copy(update={"teacher_share": TEACHER_SHARE}))
+    return compressed(job, recovery=recovery and recovery.model_copy(update={"teacher_share": 0.0}))
 
 
 def by_norm(job: Job) -> prune.Pruned:
@@ -144,7 +143,7 @@ def own_files(job: Job, found: prune.Pruned) -> dict[str, Path]:
 
 
 ROWS: dict[str, Callable[[Job, prune.Pruned], prune.Pruned]] = {
-    "with distillation": lambda job, _: taught(job),
+    "no distillation": lambda job, _: untaught(job),
     "channels by norm, not by Taylor": lambda job, _: by_norm(job),
     "one share for all groups": uniform,
     "no recovery": lambda job, _: compressed(job, recovery=None),
