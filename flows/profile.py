@@ -1,7 +1,8 @@
 """The device's table: what each int8 layer that the backbone could be cut to takes on this machine, and whole networks.
 
-A network is cut between the whole and the least that can be left of it, and runs in ONNX Runtime as the pipeline would
-leave it. It was never trained, but has weights that nothing can be removed from.
+A network is cut to a limit of milliseconds, between those of the whole and of the least that can be left of it, and
+runs in ONNX Runtime as the pipeline would leave it. It was never trained, but has weights that nothing can be removed
+from.
 """
 
 import copy
@@ -27,7 +28,7 @@ from tasks.core.export import export
 from tasks.core.progress import track
 
 ROUNDS = 5  # what disturbs the machine for a few seconds is in one of them
-NETWORKS = 8  # by bytes, and as many by milliseconds
+NETWORKS = 10
 IMAGES = 32
 FORETOLD = 0.1  # of the planned bytes: what differs by more is not a matter of names and constants
 
@@ -62,13 +63,11 @@ def networks(params: config.Params, table: costs.Table) -> costs.Table:
     images = list(noise(spec.preprocessing))
     planned: dict[str, costs.Cost] = {}
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
-        ends = zip(least, most, strict=True)
-        sizes, latencies = (np.geomspace(low, high, NETWORKS).tolist() for low, high in ends)
-        limits = [allocation.Limits(size, None) for size in sizes]
-        limits += [allocation.Limits(None, latency) for latency in latencies]  # of other shapes
-        for limit in track(limits, "cutting networks"):
+        # as milliseconds are what the rows are read for: a network of as many bytes, cut to them, has another shape
+        latencies = np.geomspace(least.latency_ms, most.latency_ms, NETWORKS).tolist()
+        for latency in track(latencies, "cutting networks"):
             slim = copy.deepcopy(net)
-            plan = prune.within(slim, limit, whole, table, look)
+            plan = prune.within(slim, allocation.Limits(None, latency), whole, table, look)
             name = f"{plan['size_bytes']:.0f}"
             if name not in planned:
                 written(slim, spec, images, params.quantize, plan, Path(scratch) / name)

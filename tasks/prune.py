@@ -142,6 +142,7 @@ def within(
                 "name": name,
                 "channels": len(score),
                 "kept": width,
+                "removed": ranges(masks.least(score, width)),  # as the teacher numbers them
                 "last_score": last[number].score if number in last else None,
             }
             for number, (name, score, width) in enumerate(zip(names, scores, plan.widths, strict=True))
@@ -251,14 +252,15 @@ def _smallest(attempt: Try, whole: costs.Cost, least: costs.Cost) -> Attempt:
 
 
 def readable(removed: masks.Removed) -> dict[str, dict[str, str]]:
-    """The removed channels as ranges: [0, 1, 2, 7] is "0-2,7"."""
-
-    def ranges(numbers: list[int]) -> str:
-        runs = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-        bounds = [(run[0][1], run[-1][1]) for _, group in runs if (run := list(group))]
-        return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in bounds)
-
+    """The channels that are zero, as ranges."""
     return {name: {side: ranges(numbers) for side, numbers in sides.items()} for name, sides in removed.items()}
+
+
+def ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 7] as "0-2,7"."""
+    runs = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    bounds = [(run[0][1], run[-1][1]) for _, group in runs if (run := list(group))]
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in bounds)
 
 
 @torch.no_grad()

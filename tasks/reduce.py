@@ -4,8 +4,8 @@ Tensors that must keep the same channels (through Add, activations, pooling, dep
 class. A channel of a class goes when everything that produces it makes exact zeros, or when everything that
 reads it has zero weights for it; where convolutions make whole vectors of channels, as many stay as fill one. With
 integer accumulation the removal is exact; that is then checked on every test image. (With its optimizations turned
-off ONNX Runtime computes the same file in float32: a long sum may then be split at another place, and a value be
-rounded otherwise by a step.)
+off ONNX Runtime computes the same file in float32, and splits a long sum by its place: that is exact, too, where what
+goes comes last, as `prune` leaves it. Elsewhere a value may then be rounded otherwise by a step.)
 """
 
 import itertools

@@ -36,7 +36,7 @@ MASKED: dict[str, tuple[int, list[str], int]] = {
     "mlp": (28, [], 4),
     "lenet-5": (28, [], 2),
     "mobilenetv2_050": (32, ["blocks.2.1", "blocks.3.2"], 16),
-    "resnet18": (32, ["layer2.1", "layer3.1"], 16),
+    "resnet18": (96, ["layer2.1", "layer3.1"], 16),
 }
 
 

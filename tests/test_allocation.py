@@ -202,7 +202,7 @@ def test_a_network_that_was_measured_is_planned_to_take_what_it_took(
     about = profile.profile(params, path)
     table, network = costs.read(path), profile.network(params)
     assert about["layers"] + about["networks"] == len(table)
-    assert about["networks"] > 2  # those by bytes, and others by milliseconds
+    assert about["networks"] == 2
     for name, size_bytes in files_of.items():
         plan = allocation.allocate(network, Limits(float(name) + 1, None), table)
         assert plan.cost.latency_ms == pytest.approx(1 + plan.cost.size_bytes * 1e-6, rel=1e-3)
@@ -221,7 +221,7 @@ def test_profile_measures_on_this_machine(tmp_path: Path, monkeypatch: pytest.Mo
     table = costs.read(path)
     assert (ADD, 16, 16) not in table
     measured = [point for point in table if point[0] == costs.NETWORK]
-    assert about["networks"] == len(measured) < 2 * profile.NETWORKS - 2  # both ways have the same ends
+    assert about["networks"] == len(measured) < profile.NETWORKS
     network = profile.network(params)
     most, least = (allocation.allocate(network, end, table).cost for end in (allocation.ANYTHING, allocation.NOTHING))
     assert most.latency_ms > least.latency_ms > 0
@@ -237,7 +237,7 @@ def test_profile_measures_on_this_machine(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_backbone_that_compress_does_not_know_is_told_in_a_sentence(
     backbone: str, image_size: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profile.costs, "measure", lambda *_: 1e-3)
+    monkeypatch.setattr(profile.costs, "measure", lambda _, inputs, outputs, threads: 1e-6 * (inputs + outputs))
     monkeypatch.setattr(profile, "NETWORKS", 2)
     with pytest.raises(StageError, match=says):
         profile.profile(digits_by(backbone, image_size), tmp_path / "device.json")

@@ -1,7 +1,9 @@
 """What pruning decides: which residual blocks, channels and single weights go, and zeros that stay zero.
 
 A slim copy has the blocks and channels physically removed. It is what recovery trains, since it computes the
-same function in less time; `scatter` writes its weights back into the full shape, zeros everywhere else.
+same function in less time; `scatter` writes its weights back into the full shape, zeros everywhere else. There the
+kept channels of a group come first: ONNX Runtime splits a long float32 sum by its place, so that it is rounded alike
+with the zeros and without them.
 """
 
 import contextlib
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from tasks.core import config
 from tasks.core.errors import StageError, first_line
 
-Removed = dict[str, dict[str, list[int]]]  # module -> "out" and "in" -> removed channel numbers
+Removed = dict[str, dict[str, list[int]]]  # module -> "out" and "in" -> channels that are zero in the full shape
 
 
 class BlockEffect(NamedTuple):
@@ -106,7 +108,7 @@ def kept(channels: int, ratio: float, multiple: int) -> int:
 
 
 def remove_channels(net: nn.Module, params: config.Channels, example: Tensor, head: str) -> Removed:
-    """Remove the least important channels of each DepGraph group, in place; returns what went, by module.
+    """Remove the least important channels of each DepGraph group, in place; returns what is zero then, by module.
 
     Groups: Fang et al. 2023, DepGraph, arXiv:2301.12900. Importance: L2 norm over the whole group. Groups with
     grouped convolutions that are not depthwise stay as they are. `StageError` if the network cannot be cut so.
@@ -143,29 +145,36 @@ def cut(
     scores: list[Tensor],
     widths: list[int],
 ) -> Removed:
-    """Keep the best-scored channels of each group, as many as its width, in place; returns what went, by module."""
+    """Keep the best-scored channels of each group, as many as its width, in place; returns what is zero then."""
+    removed = behind(net, groups, widths)
+    for group, score, width in zip(groups, scores, widths, strict=True):
+        if gone := least(score, width):
+            graph.get_pruning_group(group[0].dep.target.module, group[0].dep.handler, gone).prune()
+    return removed
+
+
+def least(score: Tensor, width: int) -> list[int]:
+    """The channels that go when a group is cut to this width."""
+    return sorted(torch.argsort(score, stable=True)[: len(score) - width].tolist())
+
+
+def behind(net: nn.Module, groups: list[tp.dependency.Group], widths: list[int]) -> Removed:
+    """The channels behind each group's width, by module."""
     names = {module: name for name, module in net.named_modules()}
     removed: Removed = {}
-    for group, score, width in zip(groups, scores, widths, strict=True):
-        indices = sorted(torch.argsort(score, stable=True)[: len(score) - width].tolist())
-        if not indices:
-            continue
-        pruned = graph.get_pruning_group(group[0].dep.target.module, group[0].dep.handler, indices)
-        for dep, channels in pruned:
-            if dep.target.module in names and list(dep.target.module.parameters(recurse=False)):
-                _note(removed, names[dep.target.module], dep, channels)
-        pruned.prune()
+    for group, width in zip(groups, widths, strict=True):
+        for item in group:
+            module = item.dep.target.module
+            channels = {index for index, root in zip(item.idxs, item.root_idxs, strict=True) if root >= width}
+            if channels and module in names and list(module.parameters(recurse=False)):
+                sides = removed.setdefault(names[module], {})
+                side = side_of(item.dep)
+                sides[side] = sorted(channels.union(sides.get(side, [])))
     return removed
 
 
 def _is_grouped(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups > 1 and module.groups != module.out_channels
-
-
-def _note(removed: Removed, name: str, dep: tp.dependency.Dependency, channels: list[int]) -> None:
-    side = side_of(dep)
-    removed.setdefault(name, {}).setdefault(side, [])
-    removed[name][side] = sorted({*removed[name][side], *(int(channel) for channel in channels)})
 
 
 def side_of(dep: tp.dependency.Dependency) -> str:
