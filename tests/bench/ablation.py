@@ -8,10 +8,12 @@ quiet cores.
 """
 
 import argparse
+import contextlib
 import copy
+import functools
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -25,7 +27,19 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tasks import benchmark, finetune, prune, quantize, reduce
-from tasks.core import backbone, config, costs, files, graph, importance, masks, paths, training
+from tasks.core import (
+    allocation,
+    backbone,
+    config,
+    costs,
+    distillation,
+    files,
+    graph,
+    importance,
+    masks,
+    paths,
+    training,
+)
 from tasks.core.errors import StageError, run
 from tasks.core.export import export
 
@@ -33,6 +47,7 @@ REPORT = ROOT / paths.REPORTS / "bench" / "ablation.json"
 TRAIN, VAL, TEST = (ROOT / path for path in (paths.TRAIN, paths.VAL, paths.TEST))
 REFERENCE, RECIPE = "fine-tuned, fp32", "the recipe"
 STEP = 1 / 32
+ROUNDS = ((costs.Cost(2.5, 1.3), 0.4), (costs.Cost(1, 1), 0.6))  # times the limits, and the share of the epochs
 COLUMNS = {"top1": "{:.2%}", "size_bytes": "{:,.0f}", "zst_bytes": "{:,.0f}", "latency_p50_ms": "{:.3f}"}
 HEADER = f"{'':36} {'top-1':>24} {'bytes':>30} {'.zst bytes':>30} {'p50 ms':>24}"
 
@@ -45,6 +60,18 @@ class Job(NamedTuple):
     spec: backbone.Spec
     table: costs.Table
     folder: Path
+    effects: dict[str, float]  # of its residual blocks
+    answers: Tensor  # the teacher's
+
+
+@contextlib.contextmanager
+def known(job: Job) -> Iterator[None]:
+    """What is the same in all rows of a seed is not found out again."""
+    with (
+        patch.object(distillation, "answers", lambda *_: job.answers),
+        patch.object(importance, "blocks", lambda *_: job.effects),
+    ):
+        yield
 
 
 def compressed(job: Job, **changes: Any) -> prune.Pruned:
@@ -86,8 +113,40 @@ def by_norm(job: Job) -> prune.Pruned:
 
 def channels_alone(job: Job) -> prune.Pruned:
     """No residual block goes."""
-    with patch.object(importance, "blocks", lambda *_: {}):
+    with known(job._replace(effects={})):
         return compressed(job)
+
+
+def in_rounds(job: Job) -> prune.Pruned:
+    """The blocks, and a part of the channels; recovery, new scores, and the rest of the channels; recovery again."""
+    budget, recovery = job.params.compress, job.params.prune.recovery
+    if budget is None or recovery is None:
+        raise StageError("params.yaml has no compress or no prune.recovery: there is nothing to do in rounds")
+    asked = (budget.max_size_bytes, budget.max_latency_ms)
+    limits = [limit and limit * margin for limit, margin in zip(asked, prune.MARGIN, strict=True)]
+    images, held_out = (training.Images(split, job.spec.preprocessing, job.spec.classes) for split in (TRAIN, VAL))
+    head, example = backbone.head(job.teacher), torch.stack([held_out[index][0] for index in range(2)])
+    look = functools.partial(prune.survey, train=images, example=example, head=head)
+    *_, whole = look(copy.deepcopy(job.teacher), job.effects)
+    slim = copy.deepcopy(job.teacher)
+    masks.remove_blocks(slim, allocation.allocate(whole, allocation.Limits(*limits), job.table).blocks)
+    full: list[Any] = []
+    for times, share in ROUNDS:
+        graph, groups, scores, network = look(slim, {})
+        full = full or groups
+        loose = [limit and limit * more for limit, more in zip(limits, times, strict=True)]
+        plan = allocation.allocate(network, allocation.Limits(*loose), job.table)
+        masks.cut(slim, graph, groups, scores, plan.widths)
+        schedule = recovery.training.model_copy(update={"epochs": round(share * recovery.training.epochs)})
+        params = recovery.model_copy(update={"training": schedule})
+        hold = masks.hold_zeros(slim, head)
+        with tempfile.TemporaryDirectory(dir=job.folder) as scratch:
+            checkpoint = Path(scratch) / "checkpoint.pt"
+            distillation.distill(slim, job.teacher, params, images, held_out, checkpoint=checkpoint, after_step=hold)
+    removed = masks.behind(slim, full, plan.widths)
+    return prune.Pruned(
+        prune.masked(job.teacher, slim, removed, example), {"channels": removed, "float32": plan.float32}, []
+    )
 
 
 def uniform(job: Job, found: prune.Pruned) -> prune.Pruned:
@@ -143,11 +202,12 @@ def own_files(job: Job, found: prune.Pruned) -> dict[str, Path]:
 
 
 ROWS: dict[str, Callable[[Job, prune.Pruned], prune.Pruned]] = {
-    "no distillation": lambda job, _: untaught(job),
+    "no recovery": lambda job, _: compressed(job, recovery=None),
     "channels by norm, not by Taylor": lambda job, _: by_norm(job),
     "one share for all groups": uniform,
-    "no recovery": lambda job, _: compressed(job, recovery=None),
     "no blocks go": lambda job, _: channels_alone(job),
+    "two rounds": lambda job, _: in_rounds(job),
+    "no distillation": lambda job, _: untaught(job),
 }
 
 
@@ -162,7 +222,11 @@ def begin(params: config.Params, seed: int, folder: Path) -> Job:
     if recovery:
         recovery = recovery.model_copy(update={"training": recovery.training.model_copy(update={"seed": seed})})
     params = params.model_copy(update={"prune": params.prune.model_copy(update={"recovery": recovery})})
-    return Job(params, teacher, spec, costs.read(ROOT / paths.DEVICE), folder)
+    images, held_out = (training.Images(split, spec.preprocessing, spec.classes) for split in (TRAIN, VAL))
+    example = torch.stack([held_out[index][0] for index in range(2)])
+    effects = importance.blocks(teacher, example, lambda: training.evaluate(teacher, held_out)[1])
+    answers = distillation.answers(teacher.eval(), images)
+    return Job(params, teacher, spec, costs.read(ROOT / paths.DEVICE), folder, effects, answers)
 
 
 def measure(models: dict[str, Path], params: config.Params) -> dict[str, dict[str, float]]:
@@ -225,14 +289,16 @@ def main() -> None:
             folder = Path(scratch) / str(seed)
             folder.mkdir()
             jobs.append(begin(params, seed, folder))
-            recipes.append(compressed(jobs[-1]))
+            with known(jobs[-1]):
+                recipes.append(compressed(jobs[-1]))
             models.append({REFERENCE: folder / "finetune.onnx"} | own_files(jobs[-1], recipes[-1]))
         report(params, models)
         for name, row in ROWS.items():
             for seed, (job, found) in enumerate(zip(jobs, recipes, strict=True)):
                 print(f"{name}, seed {seed}", flush=True)
                 try:
-                    other = row(job, found)
+                    with known(job):
+                        other = row(job, found)
                 except StageError as error:
                     print(f"{name}: {error}", flush=True)
                     continue
