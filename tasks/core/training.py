@@ -223,7 +223,7 @@ def _optimizer(
     ]
     optimizer: torch.optim.Optimizer
     if params.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=params.learning_rate)
+        optimizer = torch.optim.AdamW(groups, lr=params.learning_rate, fused=True)
     else:
         optimizer = torch.optim.SGD(groups, lr=params.learning_rate, momentum=0.9, nesterov=True)
     steps = max(steps, 1)
