@@ -6,6 +6,8 @@ export DO_NOT_TRACK = 1
 export DVC_NO_ANALYTICS = 1
 export GX_ANALYTICS_ENABLED = false
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
+# Stages are processes of their own: they start sooner from modules that were compiled once, at their first use.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help run test check bench setup digits
 help:
@@ -40,7 +42,7 @@ setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --progress-bar off --constraint constraints.txt --editable '.[dev,digits]'
+	$(BIN)/python -m pip install --no-compile --progress-bar off --constraint constraints.txt --editable '.[dev,digits]'
 	touch $@
 
 # A software token for the one test that needs PKCS#11; without Debian's packages that test says that it is skipped.

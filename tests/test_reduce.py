@@ -836,7 +836,7 @@ from tasks.core.errors import run
 right = stage.removable
 def removable(member):
     gone = right(member)
-    gone[: len(gone) // 2] = True  # channels that are alive
+    gone[: len(gone) // 4] = True  # channels that are alive
     return gone if member.channels > 20 else gone & False
 stage.removable = removable
 run(stage.main)

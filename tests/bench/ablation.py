@@ -22,6 +22,7 @@ from unittest.mock import patch
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -48,6 +49,8 @@ TRAIN, VAL, TEST = (ROOT / path for path in (paths.TRAIN, paths.VAL, paths.TEST)
 REFERENCE, RECIPE = "fine-tuned, fp32", "the recipe"
 STEP = 1 / 32
 ROUNDS = ((costs.Cost(2.5, 1.3), 0.4), (costs.Cost(1, 1), 0.6))  # times the limits, and the share of the epochs
+LIKENESS = 3000  # weight of the features, as in the paper
+answers = distillation.answers  # itself, where `known` puts what it came to in its place
 COLUMNS = {"top1": "{:.2%}", "size_bytes": "{:,.0f}", "zst_bytes": "{:,.0f}", "latency_p50_ms": "{:.3f}"}
 HEADER = f"{'':36} {'top-1':>24} {'bytes':>30} {'.zst bytes':>30} {'p50 ms':>24}"
 
@@ -149,6 +152,48 @@ def in_rounds(job: Job) -> prune.Pruned:
     )
 
 
+def with_features(job: Job) -> prune.Pruned:
+    """The teacher's features teach, too: by which images of a batch are alike in them, so that widths may differ.
+
+    Tung and Mori 2019, Similarity-Preserving Knowledge Distillation, arXiv:1907.09682, with its weight.
+    """
+    head, plain_distill, plain_answered = backbone.head(job.teacher), distillation.distill, distillation.answered
+
+    def likeness(features: Tensor) -> Tensor:
+        return functional.normalize(features @ features.T)
+
+    def distill(
+        student: nn.Module,
+        teacher: nn.Module,
+        params: config.Recovery,
+        train: training.Images,
+        *others: Any,
+        **fit: Any,
+    ) -> list[dict[str, float]]:
+        seen: list[Tensor] = []
+        hook = student.get_submodule(head).register_forward_pre_hook(
+            lambda _, inputs: seen.__setitem__(slice(None), inputs)
+        )
+        body = copy.deepcopy(teacher)
+        body.set_submodule(head, nn.Identity())
+        features = answers(body, train).clone()  # a copy that autograd may see
+
+        def answered(*arguments: Any) -> training.Loss:
+            inner = plain_answered(*arguments)
+            return lambda images, logits, rows: (
+                inner(images, logits, rows)
+                + LIKENESS * functional.mse_loss(likeness(seen[0]), likeness(features[rows]))
+            )
+
+        with patch.object(distillation, "answered", answered):
+            history = plain_distill(student, teacher, params, train, *others, **fit)
+        hook.remove()
+        return history
+
+    with patch.object(distillation, "distill", distill):
+        return compressed(job)
+
+
 def uniform(job: Job, found: prune.Pruned) -> prune.Pruned:
     """The recipe's blocks, and one share of the channels of every group, the least that leaves as few parameters."""
     images, held_out = (training.Images(split, job.spec.preprocessing, job.spec.classes) for split in (TRAIN, VAL))
@@ -208,6 +253,7 @@ ROWS: dict[str, Callable[[Job, prune.Pruned], prune.Pruned]] = {
     "no blocks go": lambda job, _: channels_alone(job),
     "two rounds": lambda job, _: in_rounds(job),
     "no distillation": lambda job, _: untaught(job),
+    "distillation of features, too": lambda job, _: with_features(job),
 }
 
 
