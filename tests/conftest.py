@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 from torch import nn
+from workspace import server
 
 from tasks import prune
 from tasks.core import backbone, config, masks, training
@@ -43,6 +44,13 @@ MASKED: dict[str, tuple[int, list[str], int]] = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file first: it takes one core as long as the others take the other one."""
     items.sort(key=lambda item: item.path.name != "test_flow.py")
+
+
+@pytest.fixture(scope="session")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Prefect server of the tests' own."""
+    with server(tmp_path_factory.mktemp("prefect")) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

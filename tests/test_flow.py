@@ -25,17 +25,10 @@ from workspace import (
     Workspace,
     checkout,
     free_port,
-    server,
     wait_for,
 )
 
 from tasks import STAGES
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with server(tmp_path_factory.mktemp("prefect")) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,12 @@
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from ruamel.yaml import YAML
-from workspace import REFUSED, ROOT, Workspace, checkout, server
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with server(tmp_path_factory.mktemp("prefect")) as url:
-        yield url
+from workspace import REFUSED, ROOT, Workspace, checkout
 
 
 @pytest.fixture
@@ -52,6 +45,7 @@ def test_a_folder_of_images_goes_through_by_changing_the_parameters_only(workspa
     recipe["finetune"]["training"] |= {"epochs": 1, "batch_size": 16}
     recipe["prune"]["recovery"]["training"] |= {"epochs": 1, "batch_size": 16}
     recipe["quantize"] |= {"calibration_images": 64}
+    recipe["benchmark"] |= {"iterations": 30}
     recipe["gate"] |= {"min_top1": 0.0, "max_top1_drop": 1.0, "max_latency_ratio": 10.0}
     recipe["gate"]["slices"] = {"label": {"min_count": 1, "min_top1": 0.0}}
     yaml.dump(recipe, workspace.root / "params.yaml")

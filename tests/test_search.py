@@ -16,7 +16,7 @@ import pytest
 from optuna.trial import TrialState
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from ruamel.yaml import YAML
-from workspace import BIN, FAILED, RECIPE, WAIT_S, Workspace, checkout, server, wait_for
+from workspace import BIN, FAILED, RECIPE, WAIT_S, Workspace, checkout, wait_for
 
 from flows import search
 from flows.front import line
@@ -56,7 +56,7 @@ def state(workspace: Workspace) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspace, Found, Found]]:
+def first(tmp_path_factory: pytest.TempPathFactory, api: str) -> tuple[Workspace, Found, Found]:
     """A workspace after a search of one trial, its state before, and what that search found."""
     root = tmp_path_factory.mktemp("workspace")
     checkout(root)
@@ -70,10 +70,9 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspace,
     content["benchmark"] |= {"warmup": 0, "iterations": 10}
     YAML(typ="safe").dump(content, root / "params.yaml")
     costs.write(root / paths.DEVICE, table(), {})
-    with server(tmp_path_factory.mktemp("prefect")) as api:
-        workspace = Workspace(root, api)
-        before = state(workspace)
-        yield workspace, before, searched(workspace, "--trials", "1")
+    workspace = Workspace(root, api)
+    before = state(workspace)
+    return workspace, before, searched(workspace, "--trials", "1")
 
 
 def shorten(folder: Path, images: int) -> None:
