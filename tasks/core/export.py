@@ -1,5 +1,6 @@
 """From a PyTorch network to the ONNX file that a device would load."""
 
+import copy
 import json
 import logging
 import warnings
@@ -8,12 +9,19 @@ from typing import Any
 
 import onnx
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tasks.core import files, graph
 from tasks.core.backbone import Spec
 
 OPSET = 20
+
+
+class Clamp(nn.Module):
+    """ReLU6 as ONNX has it. What PyTorch has is taken apart by its exporter, for longer than all the rest takes."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.clamp(0, 6)
 
 
 def export(net: nn.Module, spec: Spec, path: Path) -> None:
@@ -22,7 +30,11 @@ def export(net: nn.Module, spec: Spec, path: Path) -> None:
     BatchNorm is folded, paddings are part of their convolutions, and classes and preprocessing are in the
     file's metadata under the key `weighin`.
     """
-    net = net.cpu().to(memory_format=torch.contiguous_format).eval()  # channels_last exports as gathers
+    net = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format).eval()  # channels_last exports as gathers
+    for module in net.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU6):
+                setattr(module, name, Clamp())
     example = torch.zeros(2, *spec.preprocessing.shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
