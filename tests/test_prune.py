@@ -634,6 +634,27 @@ def compressed(repository: Path, checkpoint: Path, **budget: Any) -> prune.Prune
     )
 
 
+def test_the_plan_names_the_channels_that_went_as_the_teacher_numbers_them(repository: Path) -> None:
+    net, spec = teacher(repository)
+    slim, example = copy.deepcopy(net), torch.rand(2, 1, 8, 8)
+    train = training.Images(repository / "data/prepared/train.parquet", spec.preprocessing, CLASSES)
+    table = {point: 1e-6 * point[1] * point[2] for point in allocation.needed(surveyed(net, example, "3")[0])}
+    *_, whole = prune.survey(copy.deepcopy(net), {}, train, example, "3")
+    plan = prune.within(
+        slim,
+        allocation.Limits(6000, None),
+        whole,
+        table,
+        lambda net, left: prune.survey(net, left, train, example, "3"),
+    )
+    (group,) = plan["groups"]
+    bounds = [part.split("-") for part in group["removed"].split(",")]
+    gone = {unit for low, *high in bounds for unit in range(int(low), int((high or [low])[0]) + 1)}
+    assert len(gone) == 128 - group["kept"] > 0
+    left = [unit for unit in range(128) if unit not in gone]
+    assert torch.equal(slim.get_parameter("1.weight"), net.get_parameter("1.weight")[left])
+
+
 def test_a_budget_is_met_by_the_file_that_comes_out(repository: Path, tmp_path: Path) -> None:
     found = compressed(repository, tmp_path / "checkpoint.pt", max_size_bytes=6000)
     (group,) = found.plan["groups"]

@@ -42,10 +42,10 @@ def random_images(model: onnx.ModelProto, count: int = 16, seed: int = 0) -> Log
     return np.random.default_rng(seed).normal(0, 2, (count, *shape)).astype(np.float32)
 
 
-def assert_same_bits(before: onnx.ModelProto, after: onnx.ModelProto, ways: tuple[bool, ...] = (True, False)) -> None:
+def assert_same_bits(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
     images = random_images(before)
     for threads in (1, 2):
-        for optimized in ways:
+        for optimized in (True, False):
             expected, found = (answer(model, images, threads, optimized) for model in (before, after))
             assert expected.std() > 0
             assert expected.tobytes() == found.tobytes(), f"{threads=} {optimized=}"
@@ -208,7 +208,6 @@ def test_a_network_rounded_by_a_factor_shrinks_as_exactly(
     params = CALIBRATION.model_copy(update={"factor": 24.0})
     quantized = quantize(network.path, images, network.preprocessing, params)
     reduced, record = reduce(quantized)
-    # In integers, as devices run it. In float, where sums depend on their order, equal scales make for many ties.
     assert_same_bits(quantized, reduced)
     assert len(record["residual_sums_removed"]) == len(MASKED[name][1])
     sizes = [sum(np.prod(shape) for shape in found) for found in (shapes(reduced), network.slim.values())]

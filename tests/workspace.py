@@ -157,7 +157,7 @@ def checkout(target: Path) -> None:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
     trusted = target / "deploy/trusted_keys"
-    trusted.write_text("".join(line for line in trusted.open() if line.startswith("#")))
+    trusted.write_text("".join(line for line in trusted.read_text().splitlines(True) if line.startswith("#")))
     for args in (
         ("init", "-q", "-b", "main"),
         ("add", "."),

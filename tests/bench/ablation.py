@@ -3,8 +3,8 @@
 For each seed the backbone is fine-tuned anew on data/prepared; then each row of the table makes its model from it for
 the same budget of bytes and milliseconds, with one part of the recipe left out or done in an older way. Decisions are
 made on train and val; top-1 is that of the final file on the test split, and all files of a seed are timed in one run.
-Prints the mean and the range over the seeds after each row, and writes data/reports/bench/ablation.json. An hour on two
-quiet cores.
+Prints the mean and the range over the seeds after each row, and writes data/reports/bench/ablation.json. Hours: a
+row takes a quarter of one.
 """
 
 import argparse
@@ -271,8 +271,7 @@ def begin(params: config.Params, seed: int, folder: Path) -> Job:
     images, held_out = (training.Images(split, spec.preprocessing, spec.classes) for split in (TRAIN, VAL))
     example = torch.stack([held_out[index][0] for index in range(2)])
     effects = importance.blocks(teacher, example, lambda: training.evaluate(teacher, held_out)[1])
-    answers = distillation.answers(teacher.eval(), images)
-    return Job(params, teacher, spec, costs.read(ROOT / paths.DEVICE), folder, effects, answers)
+    return Job(params, teacher, spec, costs.read(ROOT / paths.DEVICE), folder, effects, answers(teacher.eval(), images))
 
 
 def measure(models: dict[str, Path], params: config.Params) -> dict[str, dict[str, float]]:
