@@ -3,8 +3,8 @@
 For each seed the backbone is fine-tuned anew on data/prepared; then each row of the table makes its model from it for
 the same budget of bytes and milliseconds, with one part of the recipe left out or done in an older way. Decisions are
 made on train and val; top-1 is that of the final file on the test split, and all files of a seed are timed in one run.
-Prints the mean and the range over the seeds after each row, and writes data/reports/bench/ablation.json. Hours: a
-row takes a quarter of one.
+Each core makes one row at a time, with one thread. Prints the mean and the range over the seeds, first of the rows
+that come from the recipe's own network, and writes data/reports/bench/ablation.json. An hour and a half on 2 cores.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import onnx
-import torch
-from torch import Tensor, nn
+from joblib import Parallel, delayed
+from torch import Tensor, nn, no_grad, stack, zeros  # by name: joblib takes `torch` and `.classes` for torch.classes
 from torch.nn import functional
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +58,7 @@ HEADER = f"{'':36} {'top-1':>24} {'bytes':>30} {'.zst bytes':>30} {'p50 ms':>24}
 class Job(NamedTuple):
     """What the rows of a seed start from."""
 
+    seed: int
     params: config.Params
     teacher: nn.Module
     spec: backbone.Spec
@@ -98,11 +99,11 @@ def untaught(job: Job) -> prune.Pruned:
 def by_norm(job: Job) -> prune.Pruned:
     """Channels by the squared L2 norm of what makes them, over the mean of their group, instead of by Taylor."""
 
-    @torch.no_grad()
+    @no_grad()
     def norms(_net: nn.Module, groups: list[Any], _batches: Any) -> list[Tensor]:
         scores = []
         for group in groups:
-            total = torch.zeros(len(group[0].idxs))
+            total = zeros(len(group[0].idxs))
             for dep, indices in group:
                 weight = getattr(dep.target.module, "weight", None)
                 if weight is not None and weight.ndim > 1 and masks.side_of(dep) == "out":
@@ -128,7 +129,7 @@ def in_rounds(job: Job) -> prune.Pruned:
     asked = (budget.max_size_bytes, budget.max_latency_ms)
     limits = [limit and limit * margin for limit, margin in zip(asked, prune.MARGIN, strict=True)]
     images, held_out = (training.Images(split, job.spec.preprocessing, job.spec.classes) for split in (TRAIN, VAL))
-    head, example = backbone.head(job.teacher), torch.stack([held_out[index][0] for index in range(2)])
+    head, example = backbone.head(job.teacher), stack([held_out[index][0] for index in range(2)])
     look = functools.partial(prune.survey, train=images, example=example, head=head)
     *_, whole = look(copy.deepcopy(job.teacher), job.effects)
     slim = copy.deepcopy(job.teacher)
@@ -197,7 +198,7 @@ def with_features(job: Job) -> prune.Pruned:
 def uniform(job: Job, found: prune.Pruned) -> prune.Pruned:
     """The recipe's blocks, and one share of the channels of every group, the least that leaves as few parameters."""
     images, held_out = (training.Images(split, job.spec.preprocessing, job.spec.classes) for split in (TRAIN, VAL))
-    example, head = torch.zeros(2, *job.spec.preprocessing.shape), backbone.head(job.teacher)
+    example, head = zeros(2, *job.spec.preprocessing.shape), backbone.head(job.teacher)
     aim, ratio = prune.sparsity(found.net)["nonzero_parameters"], 0.0
     while True:
         ratio += STEP
@@ -257,8 +258,10 @@ ROWS: dict[str, Callable[[Job, prune.Pruned], prune.Pruned]] = {
 }
 
 
-def begin(params: config.Params, seed: int, folder: Path) -> Job:
-    """Fine-tune the backbone with this seed; the rows' training has it too."""
+def begin(params: config.Params, seed: int, scratch: Path) -> tuple[Job, prune.Pruned, dict[str, Path]]:
+    """Fine-tune the backbone with this seed, and go by the recipe; the rows' training has the seed, too."""
+    folder = scratch / str(seed)
+    folder.mkdir()
     training.make_deterministic(seed)
     first = params.finetune.model_copy(update={"training": params.finetune.training.model_copy(update={"seed": seed})})
     teacher, spec = finetune.start(first, params.classes, params.model)
@@ -269,9 +272,27 @@ def begin(params: config.Params, seed: int, folder: Path) -> Job:
         recovery = recovery.model_copy(update={"training": recovery.training.model_copy(update={"seed": seed})})
     params = params.model_copy(update={"prune": params.prune.model_copy(update={"recovery": recovery})})
     images, held_out = (training.Images(split, spec.preprocessing, spec.classes) for split in (TRAIN, VAL))
-    example = torch.stack([held_out[index][0] for index in range(2)])
+    example = stack([held_out[index][0] for index in range(2)])
     effects = importance.blocks(teacher, example, lambda: training.evaluate(teacher, held_out)[1])
-    return Job(params, teacher, spec, costs.read(ROOT / paths.DEVICE), folder, effects, answers(teacher.eval(), images))
+    table = costs.read(ROOT / paths.DEVICE)
+    job = Job(seed, params, teacher, spec, table, folder, effects, answers(teacher.eval(), images))
+    with known(job):
+        found = compressed(job)
+    return job, found, {REFERENCE: folder / "finetune.onnx"} | own_files(job, found)
+
+
+def another(name: str, job: Job, found: prune.Pruned) -> dict[str, Path]:
+    """The final file of a row, by its name; none where the row finds no network."""
+    training.make_deterministic(job.seed)
+    try:
+        with known(job):
+            other = ROWS[name](job, found)
+    except StageError as error:
+        print(f"{name}, seed {job.seed}: {error}", flush=True)
+        return {}
+    made = written(job, name, other.net, other.plan["float32"])["reduce"]
+    print(f"{name}, seed {job.seed}: {made.stat().st_size:,} bytes", flush=True)
+    return {name: made}
 
 
 def measure(models: dict[str, Path], params: config.Params) -> dict[str, dict[str, float]]:
@@ -327,28 +348,15 @@ def main() -> None:
     if not TRAIN.exists():
         raise StageError(f"{paths.TRAIN} is missing: run `make run` first")
     params = config.load(ROOT / paths.PARAMS)
-    with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
-        jobs, recipes, models = [], [], []
-        for seed in range(seeds):
-            print(f"{RECIPE}, seed {seed}", flush=True)
-            folder = Path(scratch) / str(seed)
-            folder.mkdir()
-            jobs.append(begin(params, seed, folder))
-            with known(jobs[-1]):
-                recipes.append(compressed(jobs[-1]))
-            models.append({REFERENCE: folder / "finetune.onnx"} | own_files(jobs[-1], recipes[-1]))
+    with tempfile.TemporaryDirectory(prefix="weighin-") as scratch, Parallel(n_jobs=-1) as cores:
+        begun = cores(delayed(begin)(params, seed, Path(scratch)) for seed in range(seeds))
+        models = [own for *_, own in begun]
         report(params, models)
-        for name, row in ROWS.items():
-            for seed, (job, found) in enumerate(zip(jobs, recipes, strict=True)):
-                print(f"{name}, seed {seed}", flush=True)
-                try:
-                    with known(job):
-                        other = row(job, found)
-                except StageError as error:
-                    print(f"{name}: {error}", flush=True)
-                    continue
-                models[seed][name] = written(job, name, other.net, other.plan["float32"])["reduce"]
-            report(params, models)
+        rows = [(name, seed) for name in ROWS for seed in range(seeds)]
+        made = cores(delayed(another)(name, *begun[seed][:2]) for name, seed in rows)
+        for (_, seed), row in zip(rows, made, strict=True):
+            models[seed] |= row
+        report(params, models)
 
 
 if __name__ == "__main__":
