@@ -295,8 +295,8 @@ def profile(params: ParamsFile = paths.PARAMS, as_json: AsJson = False) -> None:
     """Measure this machine for `compress`: each int8 layer of the backbone at each width, and whole networks.
 
     Writes data/device.json, which belongs in git: the plan for a budget is made from it. Run it on the device, or on
-    its like, with nothing else at work, whenever the backbone, the image size or the device changes; it is about one
-    backbone at a time. Takes a minute or two.
+    its like, with nothing else at work, whenever the device, the backbone, the image size, the classes or
+    benchmark.threads change; it is about one backbone at a time. Takes a minute or two.
     """
     with _sentences():
         chosen = _in_repository(params)

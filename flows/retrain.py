@@ -10,7 +10,7 @@ from prefect.logging import get_run_logger
 
 from flows import artifacts
 from flows.stage import exclusive, stage
-from tasks.core import config, files, paths, registry
+from tasks.core import config, costs, files, paths, registry
 from tasks.core.errors import ParamsError, StageError, WeighinError
 from tasks.gate import confirmed, sentence
 
@@ -36,6 +36,9 @@ def retrain(params: str = str(paths.PARAMS), bootstrap: bool = False) -> dict[st
     keep_short_what_users_can_mend()
     with exclusive(get_run_logger().info):
         asked = adopt(Path(params))
+        content = config.load()
+        if content.compress:
+            costs.read(paths.DEVICE, content.benchmark.threads)  # `prune` would say so after all of fine-tuning
         ingest()
         validate()
         accept_data()

@@ -4,8 +4,10 @@ Optuna's multi-objective TPE asks (Ozaki et al. 2022, JAIR 73), in this process 
 it looks at train and val: reduce alone opens the test split, to prove that it changed no logit.
 """
 
+import functools
 import io
 import math
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ def search(params: str = str(paths.PARAMS), trials: int = 20, workers: int = 1) 
     with exclusive(say, LOCK):
         with exclusive(say):
             adopt(Path(params))
+            costs.read(paths.DEVICE, config.load().benchmark.threads)  # an hour before a trial would say so
             ingest()
             validate()
             accept_data()
@@ -90,8 +93,6 @@ def over(address: str, params: str, trials: int) -> dict[str, Any]:
 def snapshot() -> dict[str, bytes]:
     """What a trial needs besides data, by path: code, pipeline, the device's table, and parameters without shares."""
     chosen = [Path("dvc.yaml"), Path("dvc.lock"), paths.DEVICE, *sorted(CODE.rglob("*.py"))]
-    if not paths.DEVICE.exists():
-        costs.read(paths.DEVICE)  # says what to do
     return {str(path): path.read_bytes() for path in chosen} | {str(paths.PARAMS): budgeted(paths.PARAMS.read_bytes())}
 
 
@@ -142,7 +143,7 @@ def resume(content: dict[str, bytes], params: config.Params) -> optuna.Study:
         load_if_exists=True,
     )
     if "within" not in study.user_attrs:
-        study.set_user_attr("within", bounds(params, costs.read(paths.DEVICE)))
+        study.set_user_attr("within", bounds(params, costs.read(paths.DEVICE, params.benchmark.threads)))
     within = study.user_attrs["within"]
     for cut in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(cut.number, state=TrialState.FAIL)
@@ -158,7 +159,8 @@ def identity(content: dict[str, bytes]) -> str:
     tried = [stages[name] for name in STAGES]
     made = {out for stage in tried for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])}
     read = {dep for stage in tried for dep in stage["deps"]} - made
-    sections = {name: params[name] for stage in tried for name in stage.get("params", [])}
+    named = {name for stage in tried for name in stage.get("params", [])}
+    sections = {name: functools.reduce(operator.getitem, name.split("."), params) for name in sorted(named)}
     listing = {dep: files.sha256_of(content[dep]) if dep in content else files.sha256(Path(dep)) for dep in read}
     return files.digest(listing | {str(paths.PARAMS): files.sha256_of(files.to_json(sections))})[:12]
 

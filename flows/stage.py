@@ -17,6 +17,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from tasks.core.errors import StageError
+from tasks.core.paths import DEVICE
 
 T = TypeVar("T")
 LOCK = Path(".dvc/tmp/weighin.lock")
@@ -84,9 +85,8 @@ def is_current(name: str, say: Callable[[str], None]) -> bool:
         found = repo.stage.load_one(name=name)
         for dependency in found.deps:
             if not dependency.exists:
-                raise StageError(
-                    f"{dependency.def_path} does not exist, but {name} reads it: see params.yaml for its path"
-                )
+                mended = "git has it" if dependency.def_path == str(DEVICE) else "see params.yaml for its path"
+                raise StageError(f"{dependency.def_path} does not exist, but {name} reads it: {mended}")
         return not found.changed()
 
     return _with_repository(ask, say)

@@ -68,7 +68,7 @@ def main() -> None:
     export(net, spec, paths.onnx("finetune"))
     training.write_history(paths.history("finetune"), history)
     files.write_json(paths.report("finetune"), metrics)
-    training.forget("finetune")
+    files.forget("finetune")
     print(f"finetune: val top-1 {metrics['val_top1']:.2%} after {len(history)} epochs")
 
 

@@ -200,7 +200,7 @@ def test_a_network_that_was_measured_is_planned_to_take_what_it_took(
     monkeypatch.setattr(profile, "NETWORKS", 2)
     params, path = digits_by("resnet18"), tmp_path / "device.json"
     about = profile.profile(params, path)
-    table, network = costs.read(path), profile.network(params)
+    table, network = costs.read(path, 1), profile.network(params)
     assert about["layers"] + about["networks"] == len(table)
     assert about["networks"] == 2
     for name, size_bytes in files_of.items():
@@ -212,13 +212,24 @@ def test_a_network_that_was_measured_is_planned_to_take_what_it_took(
         profile.profile(params, path)
 
 
+def test_profile_refuses_a_backbone_whose_channels_reduce_cannot_remove(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut, its file would be small; masked, its concatenations keep all channels."""
+    monkeypatch.setattr(profile.costs, "measure", lambda _, inputs, outputs, _threads: 1e-6 * inputs * outputs)
+    monkeypatch.setattr(profile, "NETWORKS", 1)
+    with pytest.raises(StageError, match=r"in its file, so budgets cannot be .* it: `reduce` cannot remove all that"):
+        profile.profile(digits_by("ese_vovnet19b_dw"), tmp_path / "device.json")
+    assert not (tmp_path / "device.json").exists()
+
+
 def test_profile_measures_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table is about one backbone; small networks that come out alike are measured once."""
     monkeypatch.setattr(profile, "ROUNDS", 1)
     params, path = config.load(ROOT / "data/recipes/mlp-digits.yaml"), tmp_path / "device.json"
     costs.write(path, {(ADD, 16, 16): 1.0}, {})
     about = profile.profile(params, path)
-    table = costs.read(path)
+    table = costs.read(path, 1)
     assert (ADD, 16, 16) not in table
     measured = [point for point in table if point[0] == costs.NETWORK]
     assert about["networks"] == len(measured) < profile.NETWORKS

@@ -48,7 +48,7 @@ def test_the_grid_is_what_cost_asks_for() -> None:
 def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "device.json"
     costs.write(path, TABLE, {"threads": 1})
-    assert costs.read(path) == TABLE
+    assert costs.read(path, 1) == TABLE
     assert len(path.read_text().splitlines()) == len(TABLE) + 5  # one line each, so that a diff can be read
 
 
@@ -60,14 +60,32 @@ def test_what_whole_networks_take_beside_their_layers_goes_by_bytes() -> None:
     assert np.interp(5.0, *costs.beside(TABLE)) == 0
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"latency_ms": [["conv"]]}', '{"latency_ms": {"a": 1}}'])
+def test_a_table_of_other_threads_is_told_in_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "device.json"
+    costs.write(path, TABLE, {"threads": 1})
+    with pytest.raises(
+        StageError, match=r"is of 1 threads, but benchmark\.threads in params\.yaml is 4: `weighin prof"
+    ):
+        costs.read(path, 4)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"latency_ms": []}',
+        '{"threads": 1, "latency_ms": [["conv"]]}',
+        '{"threads": 1, "latency_ms": {"a": 1}}',
+    ],
+)
 def test_a_file_that_is_no_table_is_told_in_a_sentence(content: str, tmp_path: Path) -> None:
     path = tmp_path / "device.json"
     with pytest.raises(StageError, match="does not exist: `weighin profile`"):
-        costs.read(path)
+        costs.read(path, 1)
     path.write_text(content)
     with pytest.raises(StageError, match="is not a device's table: `weighin profile` measures one"):
-        costs.read(path)
+        costs.read(path, 1)
 
 
 @pytest.mark.parametrize(

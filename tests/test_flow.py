@@ -249,6 +249,10 @@ def test_a_recipe_does_not_take_the_place_of_changes_that_exist_nowhere_else(wor
         ({"ingest": {"path": "data/raw/nowhere"}}, "data/raw/nowhere does not exist"),
         ({"finetune": {"backbone": "tf_efficientnet_lite9"}}, "is neither a timm model nor"),
         ({"validate": {"min_rows_per_class": 100000}}, "validate: "),
+        (
+            {"compress": {"max_size_bytes": 20000}, "prune": {"channels": None}, "benchmark": {"threads": 2}},
+            "data/device.json is of 1 threads, but benchmark.threads in params.yaml is 2: `weighin profile`",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_the_last_results(

@@ -202,7 +202,7 @@ def test_what_has_no_weights_is_no_residual_block() -> None:
 def test_removed_channels_are_zero_and_behind_those_that_stay(name: str) -> None:
     net, images = network(name, NETWORKS[name], classes=64)
     slim, full, head = copy.deepcopy(net), copy.deepcopy(net), backbone.head(net)
-    removed = masks.remove_channels(slim, config.Channels(ratio=0.5, multiple=16), images[:2], head)
+    removed = masks.remove_channels(slim, config.Channels(ratio=0.5, multiple=16), images[:2], head).removed
     masks.scatter(slim, full, removed)
     expected = slim(images).detach()
     assert float(expected.std()) > 1e-3
@@ -235,7 +235,8 @@ def test_the_least_important_channels_go() -> None:
         for key, index in (("1.weight", weak), ("1.bias", weak), ("3.weight", (slice(None), weak))):
             net.get_parameter(key)[index] *= 0.01
     slim = copy.deepcopy(net)
-    removed = masks.remove_channels(slim, config.Channels(ratio=0.5, multiple=16), images, "3")
+    removed, groups = masks.remove_channels(slim, config.Channels(ratio=0.5, multiple=16), images, "3")
+    assert groups == [{"name": "1", "channels": 128, "kept": 64, "removed": list(range(0, 128, 2))}]
     assert removed == {"1": {"out": list(range(64, 128))}, "3": {"in": list(range(64, 128))}}
     assert torch.equal(slim.get_parameter("1.weight"), net.get_parameter("1.weight")[~weak])
     assert torch.equal(slim.get_parameter("3.weight"), net.get_parameter("3.weight")[:, ~weak])
@@ -245,7 +246,7 @@ def test_grouped_convolutions_stay_as_they_are() -> None:
     net, images = network("regnetx_002", 64)
     slim, full = copy.deepcopy(net), copy.deepcopy(net)
     grouped = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d) and module.groups > 1]
-    removed = masks.remove_channels(slim, config.Channels(ratio=0.5, multiple=16), images, "head.fc")
+    removed = masks.remove_channels(slim, config.Channels(ratio=0.5, multiple=16), images, "head.fc").removed
     assert removed
     assert not set(grouped) & set(removed)
     masks.scatter(slim, full, removed)
@@ -262,8 +263,8 @@ def test_a_network_that_cannot_be_masked(repository: Path, tmp_path: Path, name:
 def test_channels_that_do_not_add_up_are_refused_before_recovery(repository: Path) -> None:
     net, _ = teacher(repository)
     slim = copy.deepcopy(net)
-    removed = masks.remove_channels(slim, config.Channels(**CHANNELS), torch.rand(2, 1, 8, 8), "3")  # type: ignore[arg-type]
     images = torch.rand(2, 1, 8, 8)
+    removed = masks.remove_channels(slim, config.Channels(**CHANNELS), images, "3").removed  # type: ignore[arg-type]
     prune.masked(net, slim, removed, images)
     wrong = {"1": {"out": [(unit + 1) % 128 for unit in removed["1"]["out"]]}, "3": removed["3"]}
     with pytest.raises(
@@ -557,7 +558,7 @@ def test_without_a_share_the_teacher_is_not_asked(repository: Path, tmp_path: Pa
 def test_nothing_to_prune_is_the_same_network(repository: Path, tmp_path: Path) -> None:
     net, spec = teacher(repository)
     full, plan, history = pruned(repository, tmp_path / "checkpoint.pt", net, spec)
-    assert (plan, history) == ({"blocks": [], "channels": {}, "float32": [], "weights": {}}, [])
+    assert (plan, history) == ({"blocks": [], "channels": {}, "float32": [], "groups": [], "weights": {}}, [])
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), full.state_dict().values(), strict=True))
 
 
@@ -644,6 +645,7 @@ def test_the_plan_names_the_channels_that_went_as_the_teacher_numbers_them(repos
         slim,
         allocation.Limits(6000, None),
         whole,
+        {},
         table,
         lambda net, left: prune.survey(net, left, train, example, "3"),
     )
@@ -683,6 +685,23 @@ def test_a_budget_that_cannot_be_met_is_told_with_the_nearest_that_can(repositor
     assert set(offer) == {"max_size_bytes", "max_latency_ms", "max_top1_drop"}
     found = compressed(repository, tmp_path / "two.pt", **offer | {"max_size_bytes": int(offer["max_size_bytes"])})
     assert [group["kept"] for group in found.plan["groups"]] == [16]
+
+
+def test_a_drop_that_is_the_limit_itself_holds(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.9 - 0.89 is 0.010000000000000009."""
+    found = iter([(0.9, 1.0)])
+    monkeypatch.setattr(training, "evaluate", lambda *_: next(found, (0.89, 1.0)))
+    assert compressed(repository, tmp_path / "one.pt", max_top1_drop=0.01, max_size_bytes=6000).plan["groups"]
+
+
+def test_an_offered_drop_is_rounded_up() -> None:
+    def attempt(limits: allocation.Limits) -> prune.Attempt:
+        return prune.Attempt(prune.Pruned(torch.nn.Identity(), {}, []), costs.Cost(980.0, 0.95), 9 / 800, False)
+
+    with pytest.raises(StageError, match=r"max_top1_drop 0\.0113$"):
+        prune._fitting(attempt, config.Compress(max_top1_drop=0.01, max_size_bytes=100_000))
 
 
 def test_a_plan_keeps_a_distance_from_its_limits_and_an_offer_has_it_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def first(tmp_path_factory: pytest.TempPathFactory, api: str) -> tuple[Workspace
     content["prune"]["recovery"]["training"]["epochs"] = 1
     content["benchmark"] |= {"warmup": 0, "iterations": 10}
     YAML(typ="safe").dump(content, root / "params.yaml")
-    costs.write(root / paths.DEVICE, table(), {})
+    costs.write(root / paths.DEVICE, table(), {"threads": 1})
     workspace = Workspace(root, api)
     before = state(workspace)
     return workspace, before, searched(workspace, "--trials", "1")
@@ -247,12 +247,12 @@ def test_a_device_that_was_not_measured_is_one_sentence(tmp_path: Path, monkeypa
     params = config.load(ROOT / RECIPE)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StageError, match=r"data/device.json does not exist: `weighin profile`"):
-        search.bounds(params, costs.read(paths.DEVICE))
-    costs.write(paths.DEVICE, {}, {})
+        search.bounds(params, costs.read(paths.DEVICE, 1))
+    costs.write(paths.DEVICE, {}, {"threads": 1})
     with pytest.raises(StageError, match="`weighin profile` measures what this backbone needs"):
-        search.bounds(params, costs.read(paths.DEVICE))
-    costs.write(paths.DEVICE, table(), {})
-    assert list(search.bounds(params, costs.read(paths.DEVICE))) == ["size_bytes", "latency_ms"]
+        search.bounds(params, costs.read(paths.DEVICE, 1))
+    costs.write(paths.DEVICE, table(), {"threads": 1})
+    assert list(search.bounds(params, costs.read(paths.DEVICE, 1))) == ["size_bytes", "latency_ms"]
 
 
 def test_dask_needs_a_server_that_all_can_reach_and_a_scheduler() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from tasks.core import backbone, config, training
+from tasks.core import backbone, config, files, training
 from tasks.core.backbone import Spec
 from tasks.core.errors import StageError
 
@@ -327,7 +327,7 @@ def test_checkpoints_are_forgotten_by_stage(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "data/checkpoints").mkdir(parents=True)
     for name in ("finetune-1.pt", "finetune-2.pt", "prune-1.pt"):
         (tmp_path / "data/checkpoints" / name).touch()
-    training.forget("finetune")
+    files.forget("finetune")
     assert [path.name for path in (tmp_path / "data/checkpoints").iterdir()] == ["prune-1.pt"]
 
 

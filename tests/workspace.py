@@ -69,7 +69,7 @@ class Workspace:
         path, yaml = self.root / "params.yaml", YAML(typ="safe")
         content = yaml.load(path)
         for section, values in sections.items():
-            content[section] = content[section] | values if isinstance(values, dict) else values
+            content[section] = (content[section] or {}) | values if isinstance(values, dict) else values
         yaml.dump(content, path)
 
     def git(self, *args: str) -> str:

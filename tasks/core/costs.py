@@ -133,15 +133,22 @@ def beside(table: Table) -> Curve:
     return sizes, list(itertools.accumulate(latencies, max))
 
 
-def read(path: Path) -> Table:
-    """The table in a file that `write` made; `StageError` if it is missing or is not one."""
+def read(path: Path, threads: int) -> Table:
+    """The table in a file that `write` made; `StageError` if it is missing, is not one, or is of other `threads`."""
     if not path.exists():
         raise StageError(f"{path} does not exist: `weighin profile` measures this machine's")
     try:
-        rows = files.read_json(path)["latency_ms"]
-        return {(Operator(*row[:5]), row[5], row[6]): float(row[7]) for row in rows}
+        found = files.read_json(path)
+        measured, rows = found["threads"], found["latency_ms"]
+        table = {(Operator(*row[:5]), row[5], row[6]): float(row[7]) for row in rows}
     except (KeyError, TypeError, ValueError, IndexError):
         raise StageError(f"{path} is not a device's table: `weighin profile` measures one") from None
+    if measured != threads:
+        raise StageError(
+            f"{path} is of {measured} threads, but benchmark.threads in params.yaml is {threads}: `weighin profile` "
+            "measures the device again"
+        )
+    return table
 
 
 def write(path: Path, table: Table, about: dict[str, Any]) -> None:

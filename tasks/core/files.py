@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.core.errors import WeighinError
+from tasks.core.paths import CHECKPOINTS
 
 
 @contextlib.contextmanager
@@ -137,3 +138,9 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def forget(stage: str) -> None:
+    """Remove the stage's checkpoints, once its results are written."""
+    for path in CHECKPOINTS.glob(f"*{stage}-*.pt*"):
+        path.unlink()

@@ -9,7 +9,7 @@ with the zeros and without them.
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch_pruning as tp
@@ -107,8 +107,18 @@ def kept(channels: int, ratio: float, multiple: int) -> int:
     return min(channels, max(multiple, round(channels * (1 - ratio) / multiple) * multiple))
 
 
-def remove_channels(net: nn.Module, params: config.Channels, example: Tensor, head: str) -> Removed:
-    """Remove the least important channels of each DepGraph group, in place; returns what is zero then, by module.
+class Cut(NamedTuple):
+    """What is zero then, by module; and by group its name, `channels`, how many are `kept`, and which are `removed`.
+
+    These are numbered as they were before; what is zero lies behind what is kept.
+    """
+
+    removed: Removed
+    groups: list[dict[str, Any]]
+
+
+def remove_channels(net: nn.Module, params: config.Channels, example: Tensor, head: str) -> Cut:
+    """Remove the least important channels of each DepGraph group, in place.
 
     Groups: Fang et al. 2023, DepGraph, arXiv:2301.12900. Importance: L2 norm over the whole group. Groups with
     grouped convolutions that are not depthwise stay as they are. `StageError` if the network cannot be cut so.
@@ -117,9 +127,9 @@ def remove_channels(net: nn.Module, params: config.Channels, example: Tensor, he
         graph, groups = channel_groups(net, example, head)
         importance = tp.importance.GroupMagnitudeImportance(p=2)
         scores = [importance(group) for group in groups]
-        removed = cut(net, graph, groups, scores, [kept(len(one), params.ratio, params.multiple) for one in scores])
+        done = cut(net, graph, groups, scores, [kept(len(one), params.ratio, params.multiple) for one in scores])
         net(example)
-    return removed
+    return done
 
 
 @contextlib.contextmanager
@@ -144,18 +154,17 @@ def cut(
     groups: list[tp.dependency.Group],
     scores: list[Tensor],
     widths: list[int],
-) -> Removed:
-    """Keep the best-scored channels of each group, as many as its width, in place; returns what is zero then."""
-    removed = behind(net, groups, widths)
+) -> Cut:
+    """Keep the best-scored channels of each group, as many as its width, in place."""
+    names = {module: name for name, module in net.named_modules()}
+    done = Cut(behind(net, groups, widths), [])
     for group, score, width in zip(groups, scores, widths, strict=True):
-        if gone := least(score, width):
-            graph.get_pruning_group(group[0].dep.target.module, group[0].dep.handler, gone).prune()
-    return removed
-
-
-def least(score: Tensor, width: int) -> list[int]:
-    """The channels that go when a group is cut to this width."""
-    return sorted(torch.argsort(score, stable=True)[: len(score) - width].tolist())
+        module, handler = group[0].dep.target.module, group[0].dep.handler
+        gone = sorted(torch.argsort(score, stable=True)[: len(score) - width].tolist())
+        done.groups.append({"name": names[module], "channels": len(score), "kept": width, "removed": gone})
+        if gone:
+            graph.get_pruning_group(module, handler, gone).prune()
+    return done
 
 
 def behind(net: nn.Module, groups: list[tp.dependency.Group], widths: list[int]) -> Removed:

@@ -97,12 +97,6 @@ def checkpoint_path(stage: str, *inputs: Path, params: config.Section, spec: Spe
     return paths.CHECKPOINTS / f"{stage}-{key.hexdigest()[:16]}.pt"
 
 
-def forget(stage: str) -> None:
-    """Remove the stage's checkpoints, once its results are written."""
-    for path in paths.CHECKPOINTS.glob(f"*{stage}-*.pt*"):
-        path.unlink()
-
-
 def cross_entropy(label_smoothing: float) -> Loss:
     """The loss of plain supervised training."""
     return lambda _images, logits, labels: functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)

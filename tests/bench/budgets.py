@@ -192,7 +192,7 @@ def main() -> None:
         path = Path(scratch) / paths.DEVICE.name
         profile.profile(params, path)
         before = timed({}, params.benchmark)[YARDSTICK]
-        job = Job(params, teacher, spec, costs.read(path), calibration, Path(scratch))
+        job = Job(params, teacher, spec, costs.read(path, params.benchmark.threads), calibration, Path(scratch))
         with looked_at_once(job):
             found = measure(job, search.bounds(params, job.table), before)
     print("", HEADER, *map(line, found["rows"]), sep="\n")
