@@ -27,9 +27,11 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.quant_utils import DEQUANT_OUTPUT_SUFFIX, QUANT_INPUT_SUFFIX
 
+from tasks import reduce
 from tasks.core import codebook, config, dataset, files, graph, paths, rounding, session
 from tasks.core.dataset import Preprocessing
 from tasks.core.errors import StageError, run
+from tasks.core.graph import Array
 
 BATCH = 32
 SEEN = 8  # images whose tensors are looked at, all at once
@@ -78,13 +80,16 @@ def quantize(
     The layers in `float32` stay as they are. With `params.factor` the weights are rounded by it instead. Krishnamoorthi
     2018, arXiv:1806.08342, for the scheme. `StageError` if a range is missing or not finite.
     """
+    scales: dict[str, list[dict[str, Array]]] = {}
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch, quiet():
-        target = Path(scratch) / "quantized.onnx"
-        try:
+        target, ranges = (Path(scratch) / name for name in ("quantized.onnx", "ranges.json"))
+
+        def calibrated() -> onnx.ModelProto:
             quantize_static(
                 model,
                 target,
                 Reader(images, preprocessing),
+                calibration_cache_path=ranges,  # so that another round takes a second
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(QUANTIZED),
                 nodes_to_exclude=[node.name for node in onnx.load(model).graph.node if layer(node) in float32],
@@ -93,11 +98,21 @@ def quantize(
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.Percentile,
-                extra_options={"CalibPercentile": params.percentile, "CalibStridedMinMax": 1},
+                extra_options={
+                    "CalibPercentile": params.percentile,
+                    "CalibStridedMinMax": 1,
+                    "TensorQuantOverrides": scales,
+                },
             )
+            return onnx.load(target)
+
+        try:
+            quantized = calibrated()
+            while unlike := passed_on(quantized):
+                scales |= unlike
+                quantized = calibrated()
         except ValueError as error:
             raise StageError(f"{model} cannot be calibrated on these images: {error}") from None
-        quantized = onnx.load(target)
     original = onnx.load(model)
     properties = {entry.key: entry.value for entry in original.metadata_props}
     graph.strip(quantized)
@@ -106,6 +121,20 @@ def quantize(
     if params.factor is not None:
         rounding.apply(quantized, original, params.factor)
     return quantized
+
+
+def passed_on(quantized: onnx.ModelProto) -> dict[str, list[dict[str, Array]]]:
+    """Of sums that add nothing, by tensor, the scale of what they pass on, where they have another one.
+
+    A percentile is another one behind a max pooling, whose own scale is that of its input; `reduce` would then have to
+    leave the sum, and all that makes the zeros that it adds.
+    """
+    constants, found = graph.Constants(quantized), {}
+    for _, origin, quantizer in reduce.idle_sums(quantized, constants):
+        (scale, zero), (own, own_zero) = ([constants.read(name) for name in n.input[1:3]] for n in (origin, quantizer))
+        if scale is not None and zero is not None and scale != own and zero == own_zero:
+            found[quantizer.input[0].removesuffix(QUANT_INPUT_SUFFIX)] = [{"scale": scale, "zero_point": zero}]
+    return found
 
 
 def layer(node: onnx.NodeProto) -> str:

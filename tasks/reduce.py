@@ -10,9 +10,10 @@ goes comes last, as `prune` leaves it. Elsewhere a value may then be rounded oth
 
 import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -272,9 +273,16 @@ def remove_blocks(model: onnx.ModelProto) -> list[str]:
     return removed
 
 
-def _dead_sum(model: onnx.ModelProto, known: dict[str, list[int]]) -> tuple[onnx.NodeProto, str, str] | None:
-    """A sum that changes nothing, the quantized tensor it passes on, and the one it makes of that."""
-    constants = graph.Constants(model)
+class Sum(NamedTuple):
+    """A sum whose one side is always zero: its Add, the dequantized other side, and what quantizes the result."""
+
+    addition: onnx.NodeProto
+    origin: onnx.NodeProto
+    quantizer: onnx.NodeProto
+
+
+def idle_sums(model: onnx.ModelProto, constants: graph.Constants) -> Iterator[Sum]:
+    """The sums that add nothing to a tensor that is quantized before them, in the order of the graph."""
     makers = {output: node for node in model.graph.node for output in node.output}
     outputs = {value.name for value in model.graph.output}
     silent = {layer.target for layer in layers(model, constants) if _is_silent(layer)}
@@ -290,10 +298,17 @@ def _dead_sum(model: onnx.ModelProto, known: dict[str, list[int]]) -> tuple[onnx
             origin = makers.get(live)
             if origin is None or origin.op_type != "DequantizeLinear" or origin.input[0] not in makers:
                 continue
-            source, result = origin.input[0], quantizer.output[0]
-            same = source in known and known[source] == known.get(result) and _same_scale(origin, quantizer, constants)
-            if same and _always_zero(dead, makers, silent, constants):
-                return addition, source, result
+            if _always_zero(dead, makers, silent, constants):
+                yield Sum(addition, origin, quantizer)
+
+
+def _dead_sum(model: onnx.ModelProto, known: dict[str, list[int]]) -> tuple[onnx.NodeProto, str, str] | None:
+    """A sum that changes nothing, the quantized tensor it passes on, and the one it makes of that."""
+    constants = graph.Constants(model)
+    for addition, origin, quantizer in idle_sums(model, constants):
+        source, result = origin.input[0], quantizer.output[0]
+        if source in known and known[source] == known.get(result) and _same_scale(origin, quantizer, constants):
+            return addition, source, result
     return None
 
 

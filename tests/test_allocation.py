@@ -198,7 +198,7 @@ def test_a_network_that_was_measured_is_planned_to_take_what_it_took(
     monkeypatch.setattr(profile.benchmark, "latencies", latencies)
     monkeypatch.setattr(profile.costs, "measure", lambda *_: 1e-3)
     monkeypatch.setattr(profile, "NETWORKS", 2)
-    params, path = digits_by("resnet18"), tmp_path / "device.json"
+    params, path = digits_by("test_resnet"), tmp_path / "device.json"
     about = profile.profile(params, path)
     table, network = costs.read(path, 1), profile.network(params)
     assert about["layers"] + about["networks"] == len(table)
@@ -208,18 +208,18 @@ def test_a_network_that_was_measured_is_planned_to_take_what_it_took(
         assert plan.cost.latency_ms == pytest.approx(1 + plan.cost.size_bytes * 1e-6, rel=1e-3)
         assert size_bytes == pytest.approx(int(name), rel=0.03)  # nothing of it was removed before it was timed
     monkeypatch.setattr(profile, "FORETOLD", 0.0)
-    with pytest.raises(StageError, match=r"resnet18 cut to .* bytes has .* in its file, so budgets cannot be planned"):
+    with pytest.raises(StageError, match=r"test_resnet cut to .* bytes has .* in its file, so budgets cannot be planned"):
         profile.profile(params, path)
 
 
 def test_profile_refuses_a_backbone_whose_channels_reduce_cannot_remove(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut, its file would be small; masked, its concatenations keep all channels."""
+    """Cut, its file would be small; masked, what squeeze and excitation scale keeps its channels."""
     monkeypatch.setattr(profile.costs, "measure", lambda _, inputs, outputs, _threads: 1e-6 * inputs * outputs)
     monkeypatch.setattr(profile, "NETWORKS", 1)
     with pytest.raises(StageError, match=r"in its file, so budgets cannot be .* it: `reduce` cannot remove all that"):
-        profile.profile(digits_by("ese_vovnet19b_dw"), tmp_path / "device.json")
+        profile.profile(digits_by("test_efficientnet"), tmp_path / "device.json")
     assert not (tmp_path / "device.json").exists()
 
 

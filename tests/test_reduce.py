@@ -411,6 +411,20 @@ def test_a_sum_goes_only_if_it_changes_nothing(model: onnx.ModelProto, removed: 
     assert answer(model, images, optimized=False).tobytes() == answer(reduced, images, optimized=False).tobytes()
 
 
+def test_dead_residual_blocks_behind_a_max_pooling_go(int8: Int8) -> None:
+    """What is pooled has another percentile than what it was, so each sum needs the scale of what it passes on."""
+    b = Builder()
+    x = b.pool(b.relu(b.conv("image", 8)))
+    for _ in range(2):
+        x = b.relu(b.node("Add", b.conv(b.relu(b.conv(x, 8)), 8, dead=range(8)), x))
+    model = int8(b.model(b.head(b.conv(x, 6))))
+    reduced, record = reduce(model)
+    assert_same_bits(model, reduced)
+    assert len(record["residual_sums_removed"]) == 2
+    assert shapes(reduced) == [(8, 3, 3, 3), (6, 8, 3, 3), (4, 6)]
+    assert "Add" not in kinds(reduced)
+
+
 def test_a_block_that_leaves_with_its_channels(int8: Int8) -> None:
     """The block's last layer reads dead channels only, so it is silent once they are gone."""
     b = Builder()
