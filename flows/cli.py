@@ -296,7 +296,7 @@ def profile(params: ParamsFile = paths.PARAMS, as_json: AsJson = False) -> None:
 
     Writes data/device.json, which belongs in git: the plan for a budget is made from it. Run it on the device, or on
     its like, with nothing else at work, whenever the device, the backbone, the image size, the classes or
-    benchmark.threads change; it is about one backbone at a time. Takes a minute or two.
+    benchmark.threads change; it is about one backbone at a time. Takes two or three minutes at 64 pixels.
     """
     with _sentences():
         chosen = _in_repository(params)

@@ -1,8 +1,7 @@
 """The device's table: what each int8 layer that the backbone could be cut to takes on this machine, and whole networks.
 
 A network is cut to a limit of milliseconds, between those of the whole and of the least that can be left of it, and
-runs in ONNX Runtime as the pipeline would leave it. It was never trained, but has weights that nothing can be removed
-from.
+runs in ONNX Runtime as the pipeline would leave it. It was never trained, but has weights of which no other is zero.
 """
 
 import copy

@@ -107,6 +107,8 @@ def decide(asked: bytes) -> dict[str, Any]:
     if paths.PARAMS.read_bytes() != asked:
         raise StageError(f"{paths.PARAMS} changed while the run was at work: run again")
     params = config.load()
+    for line in exceeded(params.compress) if params.compress else ():
+        get_run_logger().warning(line)
     verdict = sentence(confirmed(params))
     artifacts.show_stages()
     artifacts.show_gate(verdict)
@@ -116,6 +118,22 @@ def decide(asked: bytes) -> dict[str, Any]:
     report = files.read_json(paths.report("benchmark"))
     weighed = {name: report[name] for name in ("stages", "champion")}
     return decision.model_dump(mode="json") | {"recorded": recorded, "verdict": verdict} | weighed
+
+
+def exceeded(budget: config.Compress) -> list[str]:
+    """What the model exceeds of its budget after all, a sentence each: `prune` plans with a table, and in float32."""
+    val = [files.read_json(paths.report(name))["val_top1"] for name in ("finetune", "quantize")]
+    made = files.read_json(paths.report("benchmark"))["stages"]["reduce"]
+    found = {
+        "max_top1_drop": round(val[0] - val[1], 9),  # 0.91 - 0.90 is not over 0.01
+        "max_size_bytes": made["size_bytes"],
+        "max_latency_ms": round(made["latency_p50_ms"], 6),
+    }
+    return [
+        f"{found[name]:,} is over compress.{name} {limit:,}: the gate has limits of its own"
+        for name, limit in budget
+        if limit is not None and found[name] > limit
+    ]
 
 
 def keep_short_what_users_can_mend() -> None:

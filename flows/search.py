@@ -4,10 +4,8 @@ Optuna's multi-objective TPE asks (Ozaki et al. 2022, JAIR 73), in this process 
 it looks at train and val: reduce alone opens the test split, to prove that it changed no logit.
 """
 
-import functools
 import io
 import math
-import operator
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +157,7 @@ def identity(content: dict[str, bytes]) -> str:
     tried = [stages[name] for name in STAGES]
     made = {out for stage in tried for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])}
     read = {dep for stage in tried for dep in stage["deps"]} - made
-    named = {name for stage in tried for name in stage.get("params", [])}
-    sections = {name: functools.reduce(operator.getitem, name.split("."), params) for name in sorted(named)}
+    sections = {name: params[name] for stage in tried for name in stage.get("params", [])}
     listing = {dep: files.sha256_of(content[dep]) if dep in content else files.sha256(Path(dep)) for dep in read}
     return files.digest(listing | {str(paths.PARAMS): files.sha256_of(files.to_json(sections))})[:12]
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -23,15 +24,16 @@ T = TypeVar("T")
 LOCK = Path(".dvc/tmp/weighin.lock")
 GRACE_S = 10.0
 BUSY_WAIT_S = 2.0
+GLIBC = (2, 35)  # older ones take no threshold over 32 MiB
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "DVC_NO_ANALYTICS": "1",
     "GX_ANALYTICS_ENABLED": "false",
     "GOMP_SPINCOUNT": "30000",  # a tenth of the default: beside other load, spinning makes training many times slower
-    # glibc would give a batch's memory back to the kernel and ask for it again: evaluation takes 1.7 times as long
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "1073741824",
 }
+if tuple(int(part) for part in platform.libc_ver()[1].split(".") if part.isdigit()) >= GLIBC:
+    # It would give a batch's memory back to the kernel and ask for it again: evaluation takes 1.7 times as long.
+    ENVIRONMENT |= dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "1073741824")
 HINTS = (
     "To track the changes with git",
     "git add ",

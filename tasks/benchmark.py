@@ -200,17 +200,6 @@ def _write_csv(path: Path, rows: list[list[Any]]) -> None:
     files.write_bytes(path, text.getvalue().encode())
 
 
-def over(budget: config.Compress | None, stage: dict[str, Any]) -> list[tuple[str, float]]:
-    """The limits in bytes and milliseconds that the stage's model exceeds here, each as it is in params.yaml."""
-    measured = {"max_size_bytes": stage["size_bytes"], "max_latency_ms": stage["latency_p50_ms"]}
-    limits = {name: getattr(budget, name, None) for name in measured}
-    return [
-        (f"{name} {limit:,}", measured[name])
-        for name, limit in limits.items()
-        if limit is not None and measured[name] > limit
-    ]
-
-
 def main() -> None:
     params = config.load()
     models = {name: paths.onnx(name) for name in WEIGHED}
@@ -232,8 +221,6 @@ def main() -> None:
         print(
             f"benchmark: slower than the same shape in float32, {own:.3f} against {plain:.3f} ms: int8 buys bytes only"
         )
-    for limit, value in over(params.compress, last):
-        print(f"benchmark: {value:,} is over compress.{limit}: the gate judges by limits of its own")
     print(
         f"benchmark: top-1 {last['top1']:.2%}, {first['size_bytes'] / last['size_bytes']:.1f} times smaller and "
         f"{first['latency_p50_ms'] / last['latency_p50_ms']:.1f} times faster than the fine-tuned model"

@@ -223,13 +223,17 @@ def _fitting(attempt: Try, budget: config.Compress) -> Attempt:
         math.ceil(value / margin * unit) / unit
         for value, margin, unit in zip(found.cost, MARGIN, (1e-3, 1e3), strict=True)
     )
-    drop = math.ceil(round(max(found.drop, 0) * 1e4, 5)) / 1e4
     values = ", ".join(f"{name} {value:g}" for name, value in budget if value is not None)
     raise StageError(
         f"no network was found for compress in params.yaml ({values}): the nearest "
         f"{'that holds has' if found.holds else 'does not hold either, and has'} max_size_bytes {size:.0f}, "
-        f"max_latency_ms {latency:g} and max_top1_drop {drop:g}"
+        f"max_latency_ms {latency:g} and max_top1_drop {upward(found.drop):g}"
     )
+
+
+def upward(drop: float) -> float:
+    """With four digits, so that it holds when it is given as the limit."""
+    return math.ceil(round(max(drop, 0) * 1e4, 5)) / 1e4
 
 
 def _smallest(attempt: Try, whole: costs.Cost, least: costs.Cost) -> Attempt:
@@ -246,7 +250,7 @@ def _smallest(attempt: Try, whole: costs.Cost, least: costs.Cost) -> Attempt:
     if best is None:
         raise StageError(
             f"compress.max_top1_drop in params.yaml cannot be held: already at {found.cost.size_bytes:,.0f} bytes the "
-            f"drop is {found.drop:.4f}; allow more, or give prune.recovery more epochs"
+            f"drop is {upward(found.drop):g}; allow more, or give prune.recovery more epochs"
         )
     return best
 
@@ -292,7 +296,7 @@ def main() -> None:
     inputs = (paths.TRAIN, paths.VAL, paths.weights("finetune"))
     checkpoint = training.checkpoint_path("prune", *inputs, params=params, spec=spec)
     if budget:
-        table = costs.read(paths.DEVICE, everything.benchmark.threads)
+        table = costs.read(paths.DEVICE)
         net, plan, history = compress(teacher, spec, budget, params, table, paths.TRAIN, paths.VAL, checkpoint)
     else:
         net, plan, history = prune(teacher, spec, params, paths.TRAIN, paths.VAL, checkpoint)

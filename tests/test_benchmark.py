@@ -460,18 +460,6 @@ def test_the_stage_leaves_report_and_tables(repository: Repository, networks: Ne
     assert met == dict.fromkeys(CASES, MET)
 
 
-def test_the_stage_tells_what_is_over_the_budget(repository: Repository, networks: Networks, tmp_path: Path) -> None:
-    made = models(networks, tmp_path)
-    prepared(repository, made)
-    size = made["reduce"].stat().st_size
-    repository.params(benchmark=PROFILE.model_dump(), compress={"max_size_bytes": size, "max_latency_ms": 1e-6})
-    (told,) = [line for line in repository.run("benchmark").stdout.splitlines() if "is over" in line]
-    assert told.endswith("is over compress.max_latency_ms 1e-06: the gate judges by limits of its own")
-    repository.params(benchmark=PROFILE.model_dump(), compress={"max_size_bytes": size - 1, "max_latency_ms": 1e6})
-    (told,) = [line for line in repository.run("benchmark").stdout.splitlines() if "is over" in line]
-    assert told.startswith(f"benchmark: {size:,} is over compress.max_size_bytes {size - 1:,}: ")
-
-
 def test_the_champion_that_lies_there_is_weighed_and_the_tables_are_those_of_the_stages(
     repository: Repository, networks: Networks, tmp_path: Path
 ) -> None:

@@ -28,7 +28,9 @@ from workspace import (
     wait_for,
 )
 
+from flows.retrain import exceeded
 from tasks import STAGES
+from tasks.core import config, files, paths
 
 
 @pytest.fixture(scope="module")
@@ -249,10 +251,6 @@ def test_a_recipe_does_not_take_the_place_of_changes_that_exist_nowhere_else(wor
         ({"ingest": {"path": "data/raw/nowhere"}}, "data/raw/nowhere does not exist"),
         ({"finetune": {"backbone": "tf_efficientnet_lite9"}}, "is neither a timm model nor"),
         ({"validate": {"min_rows_per_class": 100000}}, "validate: "),
-        (
-            {"compress": {"max_size_bytes": 20000}, "prune": {"channels": None}, "benchmark": {"threads": 2}},
-            "data/device.json is of 1 threads, but benchmark.threads in params.yaml is 2: `weighin profile`",
-        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_the_last_results(
@@ -267,6 +265,36 @@ def test_bad_input_is_one_sentence_and_leaves_the_last_results(
     assert after.items() <= before.items()
     assert len(after) == len(before) or "validate" in changes
     assert workspace.git("rev-parse", "registry") == tip
+
+
+@pytest.mark.parametrize("command", ["run", "search"])
+def test_a_table_of_other_threads_is_refused_before_the_first_stage(workspace: Workspace, command: str) -> None:
+    workspace.change(compress={"max_size_bytes": 20000}, prune={"channels": None}, benchmark={"threads": 2})
+    done = workspace.call("weighin", command)
+    assert done.returncode == 1
+    assert "Running stage" not in done.stdout + done.stderr
+    assert (
+        "error: data/device.json is of 1 threads, but benchmark.threads in params.yaml is 2: `weighin pro"
+        in done.stderr
+    )
+
+
+def test_what_is_over_the_budget_after_all_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit itself holds: 0.9 - 0.89 is 0.010000000000000009."""
+    monkeypatch.chdir(tmp_path)
+    files.write_json(paths.report("finetune"), {"val_top1": 0.9})
+    files.write_json(paths.report("quantize"), {"val_top1": 0.89})
+    stage = {"size_bytes": 20001, "latency_p50_ms": 0.125}
+    files.write_json(paths.report("benchmark"), {"stages": {"reduce": stage}})
+    held = config.Compress(max_top1_drop=0.01, max_size_bytes=20001, max_latency_ms=0.125)
+    assert exceeded(held) == []
+    limits = {"max_top1_drop": 0.009, "max_size_bytes": 20000, "max_latency_ms": 0.12}
+    assert exceeded(config.Compress(**limits)) == [
+        "0.01 is over compress.max_top1_drop 0.009: the gate has limits of its own",
+        "20,001 is over compress.max_size_bytes 20,000: the gate has limits of its own",
+        "0.125 is over compress.max_latency_ms 0.12: the gate has limits of its own",
+    ]
+    assert exceeded(config.Compress(max_size_bytes=30000)) == []
 
 
 def group_members(group: int) -> list[str]:

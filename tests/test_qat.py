@@ -128,7 +128,6 @@ class Case:
         weights, spec = (repository.root / path("prune") for path in (paths.weights, paths.spec))
         backbone.save(self.teacher, self.spec, weights, spec)
         files.write_json(repository.root / paths.PLAN, {"float32": []})
-        files.write_json(repository.root / paths.report("finetune"), {"val_top1": 0.0})
         repository.params(quantize={"calibration_images": 64, "percentile": NARROW.percentile} | options)
 
     def quantized(self, params: config.Quantize = NARROW) -> onnx.ModelProto:

@@ -133,8 +133,8 @@ def beside(table: Table) -> Curve:
     return sizes, list(itertools.accumulate(latencies, max))
 
 
-def read(path: Path, threads: int) -> Table:
-    """The table in a file that `write` made; `StageError` if it is missing, is not one, or is of other `threads`."""
+def read(path: Path, threads: int | None = None) -> Table:
+    """The table in a file that `write` made; `StageError` if it is missing, is not one, or is not of these threads."""
     if not path.exists():
         raise StageError(f"{path} does not exist: `weighin profile` measures this machine's")
     try:
@@ -143,7 +143,7 @@ def read(path: Path, threads: int) -> Table:
         table = {(Operator(*row[:5]), row[5], row[6]): float(row[7]) for row in rows}
     except (KeyError, TypeError, ValueError, IndexError):
         raise StageError(f"{path} is not a device's table: `weighin profile` measures one") from None
-    if measured != threads:
+    if threads not in (None, measured):
         raise StageError(
             f"{path} is of {measured} threads, but benchmark.threads in params.yaml is {threads}: `weighin profile` "
             "measures the device again"

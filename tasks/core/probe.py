@@ -5,6 +5,7 @@ Runtime only, as a device would. MEMORY_LIMIT in bytes, 0 for none.
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -36,7 +37,8 @@ def meet(golden: Path, model: Path, threads: int, memory_limit_bytes: int | None
 
 def _clean(model: Path, threads: int, memory_limit_bytes: int | None, *more: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "tasks.core.probe", str(model), str(threads), str(memory_limit_bytes or 0), *more]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}  # as on a device
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean)
     if done.returncode != 0:
         limit = f" within {memory_limit_bytes:,} bytes" if memory_limit_bytes else ""
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1].removeprefix("error: ")

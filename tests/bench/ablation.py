@@ -287,10 +287,10 @@ def another(name: str, job: Job, found: prune.Pruned) -> dict[str, Path]:
     try:
         with known(job):
             other = ROWS[name](job, found)
+        made = written(job, name, other.net, other.plan["float32"])["reduce"]
     except StageError as error:
         print(f"{name}, seed {job.seed}: {error}", flush=True)
         return {}
-    made = written(job, name, other.net, other.plan["float32"])["reduce"]
     print(f"{name}, seed {job.seed}: {made.stat().st_size:,} bytes", flush=True)
     return {name: made}
 
