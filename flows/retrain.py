@@ -10,7 +10,7 @@ from prefect.logging import get_run_logger
 
 from flows import artifacts
 from flows.stage import exclusive, stage
-from tasks.core import config, costs, files, paths, registry
+from tasks.core import config, files, paths, registry
 from tasks.core.errors import ParamsError, StageError, WeighinError
 from tasks.gate import confirmed, sentence
 
@@ -38,7 +38,11 @@ def retrain(params: str = str(paths.PARAMS), bootstrap: bool = False) -> dict[st
         asked = adopt(Path(params))
         content = config.load()
         if content.compress:
-            costs.read(paths.DEVICE, content.benchmark.threads)  # `prune` would say so after all of fine-tuning
+            from tasks.core import costs  # brings ONNX Runtime
+
+            costs.read(
+                paths.DEVICE, content.benchmark.threads
+            )  # what `prune` plans with: known before fine-tuning begins
         ingest()
         validate()
         accept_data()

@@ -80,11 +80,26 @@ def quantize(
     The layers in `float32` stay as they are. With `params.factor` the weights are rounded by it instead. Krishnamoorthi
     2018, arXiv:1806.08342, for the scheme. `StageError` if a range is missing or not finite.
     """
+    quantized = calibrated(model, images, preprocessing, params, float32)
+    original = onnx.load(model)
+    properties = {entry.key: entry.value for entry in original.metadata_props}
+    graph.strip(quantized)
+    onnx.helper.set_model_props(quantized, properties)
+    check_scales(quantized)
+    if params.factor is not None:
+        rounding.apply(quantized, original, params.factor)
+    return quantized
+
+
+def calibrated(
+    model: Path, images: list[bytes], preprocessing: Preprocessing, params: config.Quantize, float32: Collection[str]
+) -> onnx.ModelProto:
+    """As ONNX Runtime quantizes it, and idle sums with the scale of what they pass on; `StageError` if it cannot."""
     scales: dict[str, list[dict[str, Array]]] = {}
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch, quiet():
         target, ranges = (Path(scratch) / name for name in ("quantized.onnx", "ranges.json"))
 
-        def calibrated() -> onnx.ModelProto:
+        def attempt() -> onnx.ModelProto:
             quantize_static(
                 model,
                 target,
@@ -107,21 +122,14 @@ def quantize(
             return onnx.load(target)
 
         try:
-            quantized = calibrated()
+            quantized = attempt()
             for _ in range(len(quantized.graph.node)):  # behind a sum there may be one that passes on its result
                 if not (unlike := passed_on(quantized)):
                     break
                 scales |= unlike
-                quantized = calibrated()
+                quantized = attempt()
         except ValueError as error:
             raise StageError(f"{model} cannot be calibrated on these images: {error}") from None
-    original = onnx.load(model)
-    properties = {entry.key: entry.value for entry in original.metadata_props}
-    graph.strip(quantized)
-    onnx.helper.set_model_props(quantized, properties)
-    check_scales(quantized)
-    if params.factor is not None:
-        rounding.apply(quantized, original, params.factor)
     return quantized
 
 
