@@ -2,10 +2,6 @@
 PYTHON ?= python3.11
 PARAMS ?= params.yaml
 BIN := .venv/bin
-export DO_NOT_TRACK = 1
-export DVC_NO_ANALYTICS = 1
-export GX_ANALYTICS_ENABLED = false
-export PREFECT_SERVER_ANALYTICS_ENABLED = false
 # Stages are processes of their own: they start sooner from modules that were compiled once, at their first use.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -34,7 +30,7 @@ check: setup
 
 # One that misses its target does not keep the others from running.
 bench: digits
-	status=0; for name in peers budgets seed_methods deep_compression scaling ablation; do \
+	status=0; for name in peers budgets classic_methods deep_compression scaling ablation; do \
 	$(BIN)/python tests/bench/$$name.py || status=1; done; exit $$status
 
 setup: .venv/.ready

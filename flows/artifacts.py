@@ -1,28 +1,10 @@
 """What a run shows in the Prefect UI: the data verdict, the table of stages, the gate."""
 
-from typing import Any
-
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from tasks.core import files, paths
-
-
-def stage_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per weighed model, the champion last: top-1, size and latency, and both against the fine-tuned model."""
-    first = report["stages"]["finetune"]
-    weighed = report["stages"] | ({"champion": report["champion"]} if report["champion"] else {})
-    return [
-        {
-            "stage": name,
-            "top1": stage["top1"],
-            "size_bytes": stage["size_bytes"],
-            "zst_bytes": stage["zst_bytes"],
-            "latency_p50_ms": stage["latency_p50_ms"],
-            "times_smaller": first["size_bytes"] / stage["size_bytes"],
-            "times_faster": first["latency_p50_ms"] / stage["latency_p50_ms"],
-        }
-        for name, stage in weighed.items()
-    ]
+from tasks.core.files import Json
+from tasks.core.report import read_report, stage_rows
 
 
 def show_data_verdict() -> None:
@@ -38,7 +20,8 @@ def show_data_verdict() -> None:
 
 def show_stages() -> None:
     """The table of stages."""
-    rows = stage_rows(files.read_json(paths.report("benchmark")))
+    report = read_report(paths.report("benchmark"))
+    rows = stage_rows(report.stages, report.champion)
     formatted = [
         row | {name: round(value, 4) for name, value in row.items() if isinstance(value, float)} for row in rows
     ]
@@ -56,7 +39,7 @@ def show_gate(sentence: str) -> None:
     create_markdown_artifact("\n".join([f"**{sentence}**", "", *lines]), key="gate", description=sentence)
 
 
-def show_front(found: dict[str, Any]) -> None:
+def show_front(found: Json) -> None:
     """The Pareto front of a search."""
     rows = [row | {"compress": str(row["compress"])} for row in found["front"]]
     description = f"the Pareto front of {len(found['trials'])} trials, study {found['study']}"

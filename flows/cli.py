@@ -6,19 +6,20 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tasks.core import config, paths
-from tasks.core.errors import ParamsError, WeighinError
+from tasks.core.errors import MENDABLE, ParamsError, WeighinError, describe
+from tasks.core.quiet import set_quiet
 
 app = typer.Typer(
-    help="Retrain an image classifier, make it small and fast, weigh it, and promote it only if it makes weight.",
     epilog="Start with `weighin run`. Then change params.yaml (`weighin params` explains it) and run again.",
     no_args_is_help=True,
     add_completion=False,
@@ -30,17 +31,25 @@ keys_app = typer.Typer(help="The key that signs decisions.", no_args_is_help=Tru
 app.add_typer(keys_app, name="keys")
 
 PROMOTED, FAILED, USAGE, REFUSED, HELD = 0, 1, 2, 3, 4
-QUIET = {
-    "DO_NOT_TRACK": "1",
-    "DVC_NO_ANALYTICS": "1",
-    "GX_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-}
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file: params.yaml, or a recipe.", metavar="FILE")]
 Model = Annotated[str | None, typer.Option(help="Model name; the one in params.yaml if left out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for programs.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"weighin {version('weighin')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Retrain an image classifier, make it small and fast, weigh it, and promote it only if it makes weight."""
 
 
 @app.command()
@@ -70,9 +79,9 @@ def run(
         require_server()
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # a closed terminal cancels
         decision = retrain(str(chosen), bootstrap)
-        from flows import display
+        from flows import terminal
 
-        _print(decision, as_json, display.run)
+        _print(decision, as_json, terminal.run)
     raise typer.Exit({"refused": REFUSED, "held": HELD}.get(decision["outcome"], PROMOTED))
 
 
@@ -105,9 +114,9 @@ def search(
         require_server()
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # a closed terminal cancels
         found = searching.over(dask, str(chosen), trials) if dask is not None else searching.search(str(chosen), trials)
-        from flows import display
+        from flows import terminal
 
-        _print(found, as_json, display.front)
+        _print(found, as_json, terminal.front)
 
 
 @app.command()
@@ -120,15 +129,18 @@ def status(
     Both come from the branch `registry`; `gto show` and `gto history` read the same tags.
     """
     with _sentences():
-        from tasks.core import registry
+        from flows.registry.parameters import read_place
+        from flows.registry.view import read_view
 
         _in_repository(paths.PARAMS)
-        name = model or config.load().model
-        found = {"production": registry.production(Path.cwd(), name), "latest": registry.latest(Path.cwd(), name)}
-        content = {key: value and value.model_dump(mode="json") for key, value in found.items()}
-        from flows import display
+        name = model or read_place(Path.cwd()).model
+        view = read_view(Path.cwd(), name, None)
+        view.require_sound()
+        found = {"production": view.standing.production, "latest": view.standing.latest}
+        content = {key: link and link.decision.model_dump(mode="json") for key, link in found.items()}
+        from flows import terminal
 
-        _print({"model": name} | content, as_json, display.status)
+        _print({"model": name} | content, as_json, terminal.status)
 
 
 @app.command("gate")
@@ -148,15 +160,15 @@ def show_gate(
         from tasks.core import files
 
         verdict = gate.read(paths.report("gate"))
-        if files.sha256(paths.onnx("reduce")) != verdict["model_sha256"]:
+        if files.sha256(paths.onnx("reduce")) != verdict.model_sha256:
             raise WeighinError(f"{paths.report('gate')} is about another model than {paths.onnx('reduce')} is now")
         if explain and not as_json:
-            from flows import display
+            from flows import terminal
 
-            display.verdict(verdict)
+            terminal.verdict(verdict)
         else:
-            _print(verdict, as_json, lambda content: print(f"gate: {gate.sentence(content)}"))
-    raise typer.Exit(PROMOTED if verdict["passed"] is True else REFUSED)
+            _print(verdict.to_json(), as_json, lambda _: print(f"gate: {gate.sentence(verdict)}"))
+    raise typer.Exit(PROMOTED if verdict.passed else REFUSED)
 
 
 @app.command()
@@ -174,10 +186,9 @@ def approve(
     with _sentences():
         _in_repository(paths.PARAMS)
         _require_reason(reason)
-        from flows.approval import approve
+        from flows.registry.record import open_registry
 
-        say = (lambda text: print(text, file=sys.stderr)) if as_json else print
-        decision = approve(Path.cwd(), model or config.load().model, reason, say)
+        decision = open_registry(Path.cwd(), model, _say(as_json)).approve(reason)
         text = f"decision: approved {decision.model} {decision.version}"
         _print(decision.model_dump(mode="json"), as_json, lambda _: print(text))
 
@@ -199,10 +210,9 @@ def rollback(
     with _sentences():
         _in_repository(paths.PARAMS)
         _require_reason(reason)
-        from flows.rollback import rollback
+        from flows.registry.record import open_registry
 
-        say = (lambda text: print(text, file=sys.stderr)) if as_json else print
-        decision = rollback(Path.cwd(), model or config.load().model, version, reason, say)
+        decision = open_registry(Path.cwd(), model, _say(as_json)).roll_back(version, reason)
         text = f"decision: rolled back {decision.model} from {decision.replaces} to {decision.version}"
         _print(decision.model_dump(mode="json"), as_json, lambda _: print(text))
 
@@ -214,6 +224,9 @@ def audit(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Read the artifacts of every decision.")] = False,
     remote: Annotated[bool, typer.Option("--remote", help="Read the git remote and DVC's remote too.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="What a record lacks, so that it cannot be checked, is a finding too.")
+    ] = False,
     model: Model = None,
     as_json: AsJson = False,
 ) -> None:
@@ -222,22 +235,27 @@ def audit(
     The chain, the signatures, each verdict from its evidence, tags and pointers; the artifacts of what is in
     production, of a version, or with --all of every decision; and the files that lie here.
 
+    A decision is read by what it was written with, and its verdict judged again by the judge of its time. What its
+    record lacks is told, in yellow, and is a finding with --strict.
+
     Exit status: **0** everything holds, **1** there are findings, each with what was expected and what was found.
 
     Examples: `weighin audit`, or `weighin audit v0.2.0 --remote`
     """
     with _sentences():
         _in_repository(paths.PARAMS)
-        from flows.audit import audit
+        from flows.registry.audit import ALL, PRODUCTION, audit
+        from flows.registry.parameters import read_place
 
-        params = config.load()
-        elsewhere = (params.registry.remote or "origin") if remote else None
-        report = audit(Path.cwd(), model or params.model, version, everything, elsewhere)
-        from flows import display
+        place = read_place(Path.cwd())
+        elsewhere = (place.registry.remote or "origin") if remote else None
+        artifacts = ALL if everything else version or PRODUCTION
+        report = audit(Path.cwd(), model or place.model, artifacts, elsewhere)
+        from flows import terminal
 
         content = dataclasses.asdict(report) | {"findings": [one._asdict() for one in report.findings]}
-        _print(content, as_json, lambda _: display.audit(report))
-    raise typer.Exit(FAILED if report.findings else PROMOTED)
+        _print(content, as_json, lambda _: terminal.audit(report))
+    raise typer.Exit(FAILED if report.damage or (strict and report.unchecked) else PROMOTED)
 
 
 @app.command()
@@ -254,15 +272,15 @@ def reproduce(
     """
     with _sentences():
         _in_repository(paths.PARAMS)
-        from flows import display
-        from flows.reproduce import reproduce
+        from flows import terminal
+        from flows.registry.parameters import read_place
+        from flows.registry.reproduce import reproduce
 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the worktree goes
 
-        say = (lambda text: print(text, file=sys.stderr)) if as_json else print
-        result = reproduce(Path.cwd(), model or config.load().model, version, say)
+        result = reproduce(Path.cwd(), model or read_place(Path.cwd()).model, version, _say(as_json))
         content = result._asdict() | {"artifacts": [one._asdict() | {"same": one.same} for one in result.artifacts]}
-        _print(content, as_json, lambda _: display.reproduction(result))
+        _print(content, as_json, lambda _: terminal.reproduction(result))
     raise typer.Exit(PROMOTED if result.holds else FAILED)
 
 
@@ -279,15 +297,16 @@ def lineage(
     with _sentences():
         start = Path.cwd()
         _in_repository(paths.PARAMS)
-        from flows import display
-        from flows import lineage as lines
+        from flows import terminal
+        from flows.registry import lineage as lines
+        from flows.registry.parameters import read_place
 
         if re.fullmatch(r"v\d+\.\d+\.\d+", what):
-            steps = lines.backward(Path.cwd(), model or config.load().model, what)
-            _print(steps, as_json, display.origins)
+            steps = lines.backward(Path.cwd(), model or read_place(Path.cwd()).model, what)
+            _print(steps, as_json, terminal.origins)
         else:
             file = Path(os.path.relpath(start / what, Path.cwd())) if (start / what).exists() else Path(what)
-            _print(lines.forward(Path.cwd(), file), as_json, display.uses)
+            _print(lines.forward(Path.cwd(), file), as_json, terminal.uses)
 
 
 @app.command()
@@ -317,9 +336,10 @@ def rotate() -> None:
     """
     with _sentences():
         _in_repository(paths.PARAMS)
-        from tasks.core import keys, registry
+        from flows.registry import keys, refs
+        from flows.registry.chain import read_chain
 
-        newest = next(registry.chain(Path.cwd(), registry.look(Path.cwd()).tip), None)
+        newest = next(read_chain(Path.cwd(), refs.look(Path.cwd()).tip), None)
         decided = datetime.fromisoformat(newest.decision.created) if newest else datetime.min.replace(tzinfo=UTC)
         old, new = keys.rotate(Path.cwd(), max(datetime.now(UTC), decided))  # a decision may be a second ahead
         print(f"keys: {new} signs from now on, {old} did until now; commit {keys.TRUSTED}")
@@ -353,9 +373,9 @@ def show_params(params: ParamsFile = paths.PARAMS, as_json: AsJson = False) -> N
     """
     with _sentences():
         loaded = config.load(_in_repository(params))
-        from flows import display
+        from flows import terminal
 
-        _print(loaded.model_dump(mode="json", by_alias=True), as_json, lambda _: display.params(loaded))
+        _print(loaded.model_dump(mode="json", by_alias=True), as_json, lambda _: terminal.params(loaded))
 
 
 def _require_reason(reason: str) -> None:
@@ -366,18 +386,13 @@ def _require_reason(reason: str) -> None:
 @contextmanager
 def _sentences() -> Iterator[None]:
     """One sentence and an exit status instead of a traceback, for what the user can put right."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    set_quiet()
     try:
         yield
-    except ParamsError as error:
-        sentence, code = str(error), USAGE
-    except WeighinError as error:
-        sentence, code = str(error), FAILED
-    except OSError as error:
-        sentence, code = f"{error.filename or 'input or output'}: {error.strerror or error}", FAILED
     except KeyboardInterrupt:
         sentence, code = "interrupted: the same command goes on from here", FAILED
+    except MENDABLE as error:
+        sentence, code = describe(error), USAGE if isinstance(error, ParamsError) else FAILED
     else:
         return
     print(f"error: {sentence}", file=sys.stderr)
@@ -395,7 +410,12 @@ def _in_repository(params: Path) -> Path:
     return chosen.relative_to(root) if chosen.is_absolute() and chosen.is_relative_to(root) else chosen
 
 
-def _print(content: Any, as_json: bool, show: Any) -> None:
+def _say(as_json: bool) -> Callable[[str], None]:
+    """What a command tells meanwhile goes to standard output, unless that is for JSON."""
+    return (lambda text: print(text, file=sys.stderr)) if as_json else print
+
+
+def _print(content: object, as_json: bool, show: Any) -> None:
     if as_json:
         print(json.dumps(content, indent=2))
     else:

@@ -5,25 +5,26 @@ from typing import Any
 
 from tasks import benchmark
 from tasks.core import config, files, paths
+from tasks.core.files import Json
 
 FOLDER = paths.REPORTS / "search"
 COLUMNS = ("trial", "size_bytes", "latency_ms", "val_top1", "p50_ms")
 
 
-def measured(found: dict[str, Any], folder: Path, profile: config.Benchmark) -> dict[str, Any]:
+def measure_front(found: Json, folder: Path, profile: config.Benchmark) -> Json:
     """The same with `p50_ms` for each model of the front: they take turns on this machine. None without its file."""
     models = {str(row["trial"]): folder / f"{row['trial']}.onnx" for row in found["front"]}
     times = benchmark.latencies({name: path for name, path in models.items() if path.exists()}, profile)
-    p50 = {name: benchmark.latency(values)["latency_p50_ms"] for name, values in times.items()}
+    p50 = {name: benchmark.latency(values).latency_p50_ms for name, values in times.items()}
     return found | {"front": [row | {"p50_ms": p50.get(str(row["trial"]))} for row in found["front"]]}
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Json) -> str:
     """What to write into params.yaml for this model."""
     return f"compress: {{{', '.join(f'{name}: {value}' for name, value in row['compress'].items())}}}"
 
 
-def write(found: dict[str, Any]) -> None:
+def write(found: Json) -> None:
     """front.json, front.csv and front.png, in FOLDER."""
     rows = [[str(row[name]) for name in COLUMNS] for row in found["front"]]
     files.write_json(FOLDER / "front.json", found)
@@ -32,7 +33,7 @@ def write(found: dict[str, Any]) -> None:
         picture(found, temporary)
 
 
-def picture(found: dict[str, Any], path: Path) -> None:
+def picture(found: Json, path: Path) -> None:
     """Bytes, top-1 and, as colour, milliseconds of every trial as PNG; those of the front have a ring and a number."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
@@ -42,7 +43,7 @@ def picture(found: dict[str, Any], path: Path) -> None:
     latencies = [row["latency_ms"] for row in found["trials"]]
     shades = {"cmap": "viridis", "vmin": min(latencies), "vmax": max(latencies)}
 
-    def points(rows: list[dict[str, Any]], **style: Any) -> Any:
+    def points(rows: list[Json], **style: Any) -> Any:
         sizes, shares, times = ([row[name] for row in rows] for name in ("size_bytes", "val_top1", "latency_ms"))
         return axes.scatter(sizes, shares, c=times, **shades, **style)
 

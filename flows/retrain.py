@@ -8,13 +8,14 @@ from typing import Any
 from prefect import flow, task
 from prefect.logging import get_run_logger
 
-from flows import artifacts
-from flows.stage import exclusive, stage
-from tasks.core import config, files, paths, registry
-from tasks.core.errors import ParamsError, StageError, WeighinError
-from tasks.gate import confirmed, sentence
-
-ADOPTED = Path(".dvc/tmp/weighin.params.yaml")
+from flows import artifacts, dvc_bridge
+from flows.production.checkout import adopt, exclusive
+from flows.registry.record import Superseded, open_registry
+from flows.stage import stage
+from tasks.core import config, files, paths, shares
+from tasks.core.errors import StageError, WeighinError
+from tasks.core.report import read_report
+from tasks.gate import confirm, sentence
 
 ingest = stage("ingest")
 validate = stage("validate")
@@ -33,12 +34,12 @@ def retrain(params: str = str(paths.PARAMS), bootstrap: bool = False) -> dict[st
     `bootstrap` lets the first promotion go without a champion. If another version comes into production while this
     run is at work, its champion is no longer the one to beat, and the new one is faced.
     """
-    keep_short_what_users_can_mend()
+    hide_user_error_tracebacks()
     with exclusive(get_run_logger().info):
         asked = adopt(Path(params))
         content = config.load()
         if content.compress:
-            from tasks.core import costs  # brings ONNX Runtime
+            from tasks.budget import costs  # brings ONNX Runtime
 
             costs.read(
                 paths.DEVICE, content.benchmark.threads
@@ -46,6 +47,8 @@ def retrain(params: str = str(paths.PARAMS), bootstrap: bool = False) -> dict[st
         ingest()
         validate()
         accept_data()
+        if content.finetune.weights.source == "production":
+            start()
         finetune()
         prune()
         quantize()
@@ -56,29 +59,8 @@ def retrain(params: str = str(paths.PARAMS), bootstrap: bool = False) -> dict[st
             gate()
             try:
                 return decide(asked)
-            except registry.Superseded as lost:
+            except Superseded as lost:
                 get_run_logger().info("superseded: %s", lost)
-
-
-def adopt(recipe: Path) -> bytes:
-    """Make the recipe the repository's params.yaml, which is what the stages and DVC read; returns its content.
-
-    `ParamsError` if the recipe is not usable, or if params.yaml holds changes that exist nowhere else.
-    """
-    config.load(recipe)
-    wanted, present = recipe.read_bytes(), paths.PARAMS.read_bytes() if paths.PARAMS.exists() else b""
-    if wanted == present:
-        return wanted
-    # Lost is nothing that is a recipe, or was one when it was adopted.
-    elsewhere = [path.read_bytes() for path in (ADOPTED, *paths.RECIPES.glob("*.yaml")) if path.exists()]
-    if present and present not in elsewhere and not registry.is_committed(Path.cwd(), paths.PARAMS):
-        raise ParamsError(
-            f"{paths.PARAMS} has changes that are not committed: commit them or keep them as a recipe before "
-            f"{recipe} takes their place"
-        )
-    files.write_bytes(ADOPTED, wanted)
-    files.write_bytes(paths.PARAMS, wanted)
-    return wanted
 
 
 @task(name="accept data", task_run_name="accept data")
@@ -92,11 +74,24 @@ def accept_data() -> None:
         raise StageError(f"validate: {(failed or ['the data did not pass'])[0]}{more}")
 
 
+@task(name="start", task_run_name="start")
+def start() -> None:
+    """Write the weights of the production model to data/start, where `finetune` begins.
+
+    Only if `finetune` has to run: what it once began with stays as it is while nothing else changes.
+    """
+    params, say = config.load(), get_run_logger().info
+    weights = params.finetune.weights
+    if not dvc_bridge.is_current("finetune", say):
+        version = open_registry(Path.cwd(), weights.model).lay_start(paths.weights(weights.stage))
+        say("start: %s of %s", version, weights.model or params.model)
+
+
 @task(name="champion", task_run_name="champion")
 def champion(bootstrap: bool) -> None:
     """Lay what the reduced model has to face in data/champion: the version in production, if there is one."""
     challenger = files.sha256(paths.onnx("reduce"))
-    found = registry.lay_champion(Path.cwd(), config.load().model, challenger, bootstrap)
+    found = open_registry(Path.cwd()).lay_champion(challenger, bootstrap)
     get_run_logger().info("champion: %s", found.version or "none yet")
 
 
@@ -106,41 +101,41 @@ def decide(asked: bytes) -> dict[str, Any]:
 
     `StageError` if params.yaml is no longer what this run began with: the record would name values that made nothing.
     Or if the verdict is not what the gate itself comes to.
-    `registry.Superseded` if another version came into production meanwhile.
+    `Superseded` if another version came into production meanwhile.
     """
     if paths.PARAMS.read_bytes() != asked:
         raise StageError(f"{paths.PARAMS} changed while the run was at work: run again")
     params = config.load()
-    for line in exceeded(params.compress) if params.compress else ():
-        get_run_logger().warning(line)
-    verdict = sentence(confirmed(params))
+    report = read_report(paths.report("benchmark"))
+    if params.compress:
+        val_top1 = [files.read_json(paths.report(name))["val_top1"] for name in ("finetune", "quantize")]
+        made = {
+            "max_top1_drop": shares.subtract(*val_top1),
+            "max_size_bytes": report.stages["reduce"].size_bytes,
+            "max_latency_ms": round(report.stages["reduce"].latency_p50_ms, 6),
+        }
+        for line in find_exceeded(params.compress, made):
+            get_run_logger().warning(line)
+    verdict = sentence(confirm(params))
     artifacts.show_stages()
     artifacts.show_gate(verdict)
-    decision, recorded = registry.record(Path.cwd(), params.model, get_run_logger().info)
+    decision, recorded = open_registry(Path.cwd(), say=get_run_logger().info).record()
     outcome = f"{decision.outcome} {decision.model} {decision.version or ''}".strip()
     get_run_logger().info("%s (%s), %s", outcome, "new" if recorded else "already recorded", verdict)
-    report = files.read_json(paths.report("benchmark"))
-    weighed = {name: report[name] for name in ("stages", "champion")}
+    weighed = report.model_dump(mode="json", include={"stages", "champion"})
     return decision.model_dump(mode="json") | {"recorded": recorded, "verdict": verdict} | weighed
 
 
-def exceeded(budget: config.Compress) -> list[str]:
-    """What the model exceeds of its budget after all, a sentence each: `prune` plans with a table, and in float32."""
-    val = [files.read_json(paths.report(name))["val_top1"] for name in ("finetune", "quantize")]
-    made = files.read_json(paths.report("benchmark"))["stages"]["reduce"]
-    found = {
-        "max_top1_drop": round(val[0] - val[1], 9),  # 0.91 - 0.90 is not over 0.01
-        "max_size_bytes": made["size_bytes"],
-        "max_latency_ms": round(made["latency_p50_ms"], 6),
-    }
+def find_exceeded(budget: config.Compress, made: dict[str, float]) -> list[str]:
+    """What the model exceeds of its budget, a sentence each: `prune` plans with a table, and in float32."""
     return [
-        f"{found[name]:,} is over compress.{name} {limit:,}: the gate has limits of its own"
+        f"{made[name]:,} is over compress.{name} {limit:,}: the gate has limits of its own"
         for name, limit in budget
-        if limit is not None and found[name] > limit
+        if limit is not None and made[name] > limit
     ]
 
 
-def keep_short_what_users_can_mend() -> None:
+def hide_user_error_tracebacks() -> None:
     """No traceback in the log for errors that are one sentence to the user."""
 
     def shorten(record: logging.LogRecord) -> bool:

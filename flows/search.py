@@ -20,11 +20,13 @@ from ruamel.yaml import YAML
 
 from flows import artifacts, front
 from flows.front import FOLDER
-from flows.retrain import accept_data, adopt, finetune, ingest, keep_short_what_users_can_mend, validate
-from flows.stage import exclusive
+from flows.production.checkout import adopt, exclusive
+from flows.retrain import accept_data, finetune, hide_user_error_tracebacks, ingest, validate
 from flows.trial import STAGES, Result, end, sweep, trial
-from tasks.core import allocation, config, costs, files, paths
+from tasks.budget import allocation, costs
+from tasks.core import config, files, paths
 from tasks.core.errors import ParamsError, StageError
+from tasks.core.files import Json
 
 LOCK = Path(".dvc/tmp/weighin.search.lock")
 CODE = Path("tasks")
@@ -33,13 +35,13 @@ Bounds = dict[str, tuple[float, float]]
 
 
 @flow(name="search", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
-def search(params: str = str(paths.PARAMS), trials: int = 20, workers: int = 1) -> dict[str, Any]:
+def search(params: str = str(paths.PARAMS), trials: int = 20, workers: int = 1) -> Json:
     """Try so many budgets more, so many at a time; returns what front.json has.
 
     Stages up to finetune are brought up to date here, the others run in folders of their own. A study belongs to what
     its trials depend on, and goes on where it ended, however it ended. `StageError` if no trial ever ended well.
     """
-    keep_short_what_users_can_mend()
+    hide_user_error_tracebacks()
     say = get_run_logger().info
     with exclusive(say, LOCK):
         with exclusive(say):
@@ -56,13 +58,13 @@ def search(params: str = str(paths.PARAMS), trials: int = 20, workers: int = 1) 
         within: Bounds = study.user_attrs["within"]
         say(f"study {study.study_name}: {spoken(within)}; prune.blocks and prune.channels are not looked at")
         explore(study, content, within, trials, workers)
-        found = front.measured(results(study), FOLDER / study.study_name, chosen.benchmark)
+        found = front.measure_front(results(study), FOLDER / study.study_name, chosen.benchmark)
         front.write(found)
         artifacts.show_front(found)
         return found
 
 
-def over(address: str, params: str, trials: int) -> dict[str, Any]:
+def over(address: str, params: str, trials: int) -> Json:
     """The same search on the workers of a Dask cluster, one trial each at a time.
 
     `ParamsError` if no scheduler answers there, if it has no workers, or if there is no Prefect server that all of
@@ -115,7 +117,7 @@ def bounds(params: config.Params, table: costs.Table) -> Bounds:
 
     network = profile.network(params)
     least, whole = (
-        allocation.allocate(network, limits, table).cost for limits in (allocation.NOTHING, allocation.ANYTHING)
+        allocation.allocate(network, limits, table).cost for limits in (allocation.MINIMAL, allocation.UNLIMITED)
     )
     found = {
         name: (low / margin, high / margin)
@@ -190,12 +192,14 @@ def ask(study: optuna.Study, within: Bounds) -> tuple[optuna.Trial, dict[str, fl
     # Seeded by its place, so that a study that was interrupted asks what an undisturbed one asks.
     study.sampler = optuna.samplers.TPESampler(seed=len(study.get_trials(deepcopy=False)))
     asked = study.ask()
-    limits = {f"max_{name}": upward(asked.suggest_float(name, *ends, log=True), name) for name, ends in within.items()}
+    limits = {
+        f"max_{name}": round_up(asked.suggest_float(name, *ends, log=True), name) for name, ends in within.items()
+    }
     asked.set_user_attr("compress", limits)
     return asked, limits
 
 
-def upward(limit: float, name: str) -> float:
+def round_up(limit: float, name: str) -> float:
     """The limit as params.yaml would have it: whole bytes, or milliseconds of a few digits."""
     if name == "size_bytes":
         return math.ceil(limit)
@@ -218,7 +222,7 @@ def tell(study: optuna.Study, asked: optuna.Trial, done: PrefectFuture[Result]) 
     get_run_logger().info("trial %d: %s", asked.number, text)
 
 
-def results(study: optuna.Study) -> dict[str, Any]:
+def results(study: optuna.Study) -> Json:
     """The trials that ended well, and which of them are the front, smallest first; of equal ones the first."""
     complete = study.get_trials(states=(TrialState.COMPLETE,))
     if not complete:
@@ -234,7 +238,7 @@ def results(study: optuna.Study) -> dict[str, Any]:
     }
 
 
-def row(one: FrozenTrial) -> dict[str, Any]:
+def row(one: FrozenTrial) -> Json:
     """A trial that ended well."""
     size_bytes, latency_ms, val_top1 = one.values
     return {

@@ -16,8 +16,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from flows.retrain import keep_short_what_users_can_mend
-from flows.stage import dvc, end_group, reason
+from flows import dvc_bridge
+from flows.dvc_bridge import command, end_group, reason
+from flows.retrain import hide_user_error_tracebacks
+from tasks.budget.plan import read_plan
 from tasks.core import files, paths
 from tasks.core.errors import StageError
 
@@ -42,7 +44,7 @@ class Result(NamedTuple):
 @task(name="trial", task_run_name="trial {number}", cache_policy=NO_CACHE, persist_result=False)
 def trial(number: int, root: str, search: str, content: dict[str, bytes]) -> Result:
     """See `run`; the search is named by its flow run, and the trial by its number in the study."""
-    keep_short_what_users_can_mend()
+    hide_user_error_tracebacks()
     return run(Path(root), search, content, get_run_logger().info)
 
 
@@ -64,7 +66,7 @@ def run(root: Path, search: str, content: dict[str, bytes], say: Callable[[str],
             if search in _ended:
                 raise StageError("the search has ended")
 
-        status, lines = dvc(["repro", "--single-item", *STAGES], say, folder, enlist)
+        status, lines = command(["repro", "--single-item", *STAGES], say, folder, enlist)
         if status:
             raise StageError(reason(lines))
         return _measure(folder)
@@ -98,26 +100,20 @@ def _folder(home: Path, content: dict[str, bytes]) -> Iterator[Path]:
 
 def _bring(folder: Path, home: Path) -> None:
     """Make the folder a DVC repository with the cache of `home`, and lay what a trial begins with there."""
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    with Repo(str(home)) as repo:
-        cache = repo.cache.local_cache_dir
+    cache = dvc_bridge.cache_folder(home)
     (folder / ".dvc").mkdir()
     (folder / ".dvc" / "config").write_text(
         f"[core]\n    no_scm = true\n    analytics = false\n    site_cache_dir = {folder / '.dvc' / 'site'}\n"
         f"[cache]\n    dir = {cache}\n    type = reflink,hardlink,symlink,copy\n"
     )
     try:
-        with Repo(str(folder)) as repo:
-            repo.checkout(targets=[f"{folder}/dvc.yaml:{name}" for name in GIVEN])  # names alone mean those here
-    except DvcException as error:
-        problem = " ".join(str(error).split())
-        raise StageError(f"{cache} lacks what a trial begins with: `dvc fetch` brings it ({problem})") from None
+        dvc_bridge.check_out(folder, GIVEN)
+    except StageError as error:
+        raise StageError(f"{cache} lacks what a trial begins with: `dvc fetch` brings it ({error})") from None
 
 
 def _measure(folder: Path) -> Result:
     model = (folder / paths.onnx("reduce")).read_bytes()
-    latency_ms: Any = files.read_json(folder / paths.PLAN)["latency_ms"]
+    latency_ms = read_plan(folder / paths.PLAN).latency_ms
     top1: Any = files.read_json(folder / paths.report("quantize"))["val_top1"]  # reduce is exact: it is its top-1 too
-    return Result(len(model), float(latency_ms), float(top1), model)
+    return Result(len(model), latency_ms, float(top1), model)

@@ -15,17 +15,21 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from tasks.core import config, dataset, files, graph, paths, session
+from tasks.core import config, files, machine, paths
 from tasks.core.errors import StageError, run
-from tasks.core.probe import probe
 from tasks.core.progress import track
+from tasks.core.report import Latency, Report, Weighed
+from tasks.graphs import graph
+from tasks.graphs.optimized import optimize
+from tasks.images import splits
+from tasks.runtime import golden, session
+from tasks.runtime.probe import probe
 
 WEIGHED = ("finetune", "prune", "quantize", "reduce")
 CHAMPION = "champion"
 FLOAT32 = "float32"  # a model of the reduced one's shape: int8 is not always faster
 BATCH = 100
 TURN = 10
-ODD = (1, 3, 7)
 
 
 def answers(model: Path, test: Path, threads: int) -> list[str]:
@@ -36,7 +40,7 @@ def answers(model: Path, test: Path, threads: int) -> list[str]:
     ready = session.open_session(model, threads)
     preprocessing, classes = session.description(ready)
     names: list[str] = []
-    for images in dataset.images(test, preprocessing, BATCH):
+    for images in splits.images(test, preprocessing, BATCH):
         outputs = session.logits(ready, images)
         if not np.isfinite(outputs).all():
             raise StageError(f"{model} answers with NaN or infinite logits on images of {test}")
@@ -56,27 +60,11 @@ def accuracy(actual: list[str], predicted: list[str], classes: tuple[str, ...]) 
     return {"top1": float(confusion.trace() / len(actual)), "class_recall": recall, "confusion": confusion.tolist()}
 
 
-def golden(model: Path, test: Path, threads: int) -> dict[str, npt.NDArray[np.float32]]:
-    """Inputs and the logits they give, to be met again wherever the file is loaded: `<case>.input`, `<case>.output`.
-
-    The first images of the test split in batches of ODD sizes, and inputs far outside what images can be.
-    """
+def golden_of(model: Path, test: Path, threads: int) -> golden.Arrays:
+    """The golden inputs and outputs of the model, from the first images of the test split: see `golden.record`."""
     ready = session.open_session(model, threads)
     preprocessing, _ = session.description(ready)
-    images = next(dataset.images(test, preprocessing, max(ODD)))
-    noise = np.random.default_rng(0).standard_normal((2, *preprocessing.shape), dtype=np.float32)
-    cases = {f"batch-{size}": images[:size] for size in ODD} | {
-        "zeros": np.zeros_like(noise),
-        "noise": noise,
-        "bright": np.full_like(noise, 1e3),
-        "dark": np.full_like(noise, -1e3),
-        "huge": noise * np.float32(1e37),
-        "tiny": noise * np.float32(1e-40),
-    }
-    outputs = {name: session.logits(ready, inputs) for name, inputs in cases.items()}
-    return {f"{name}.input": inputs for name, inputs in cases.items()} | {
-        f"{name}.output": output for name, output in outputs.items()
-    }
+    return golden.record(ready, next(splits.images(test, preprocessing, max(golden.ODD))))
 
 
 def latencies(models: dict[str, Path], profile: config.Benchmark) -> dict[str, npt.NDArray[np.float64]]:
@@ -110,15 +98,11 @@ def _turn(ready: ort.InferenceSession, image: session.Images) -> list[float]:
     return [(after - before) * 1e3 for before, after in itertools.pairwise(clock)]
 
 
-def latency(times_ms: npt.NDArray[np.float64]) -> dict[str, float]:
+def latency(times_ms: npt.NDArray[np.float64]) -> Latency:
     """Percentiles and the throughput at batch 1."""
     p50, p90, p99 = (float(value) for value in np.percentile(times_ms, [50, 90, 99]))
-    return {
-        "latency_p50_ms": p50,
-        "latency_p90_ms": p90,
-        "latency_p99_ms": p99,
-        "throughput_per_s": float(1e3 / times_ms.mean()),
-    }
+    throughput = float(1e3 / times_ms.mean())
+    return Latency(latency_p50_ms=p50, latency_p90_ms=p90, latency_p99_ms=p99, throughput_per_s=throughput)
 
 
 def weight(model: Path) -> dict[str, Any]:
@@ -129,18 +113,18 @@ def weight(model: Path) -> dict[str, Any]:
     return {
         "sha256": files.sha256(model),
         "size_bytes": len(data),
-        "zst_bytes": len(files.packed(data)),
+        "zst_bytes": len(files.pack(data)),
         "params": params,
         "nonzero_params": nonzero,
         "sparsity": 1 - nonzero / params,
         "macs": graph.macs(proto),
-        "operators": dict(Counter(node.op_type for node in session.optimized(model).graph.node)),
+        "operators": dict(Counter(node.op_type for node in optimize(model).graph.node)),
     }
 
 
 def benchmark(
     models: dict[str, Path], champion: Path | None, test: Path, profile: config.Benchmark, classes: tuple[str, ...]
-) -> tuple[dict[str, Any], list[list[str]]]:
+) -> tuple[Report, list[list[str]]]:
     """The whole report: for each stage and the champion its weight, accuracy, latency and what loading costs, and the
     latency of the reduced model's shape in float32; and the table of predictions: one row per test image with what the
     reduced model and the champion answered.
@@ -151,46 +135,36 @@ def benchmark(
         in_float = Path(scratch) / "float32.onnx"
         in_float.write_bytes(graph.in_float(onnx.load(models["reduce"])).SerializeToString())
         times = latencies(weighed | {FLOAT32: in_float}, profile)
-    actual, columns = dataset.columns(test, classes)
+    actual, columns = splits.columns(test, classes)
     predicted: dict[str, list[str]] = {}
-    entries: dict[str, Any] = {}
+    entries: dict[str, Weighed] = {}
     for name, model in weighed.items():
         print(f"weighing {name}", flush=True)
         predicted[name] = answers(model, test, profile.threads)
-        entries[name] = {
+        entries[name] = Weighed(
             **accuracy(actual, predicted[name], classes),
-            **latency(times[name]),
+            **latency(times[name]).model_dump(),
             **probe(model, profile.threads, profile.memory_limit_bytes),
             **weight(model),
-        }
+        )
     rows = zip(actual, predicted["reduce"], predicted.get(CHAMPION, [""] * len(actual)), *columns.values(), strict=True)
-    report = {
-        "profile": profile.model_dump(),
-        "machine": {"processor": processor(), "system": platform.system(), "onnxruntime": ort.__version__},
-        "data_sha256": files.sha256(test),
-        "champion": entries.pop(CHAMPION, None),
-        "float32": latency(times[FLOAT32]),
-        "stages": entries,
-    }
+    report = Report(
+        profile=profile.model_dump(),
+        machine={"processor": machine.processor(), "system": platform.system(), "onnxruntime": ort.__version__},
+        data_sha256=files.sha256(test),
+        champion=entries.pop(CHAMPION, None),
+        float32=latency(times[FLOAT32]),
+        stages=entries,
+    )
     return report, [["actual", "predicted", CHAMPION, *columns], *map(list, rows)]
 
 
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def write_tables(report: dict[str, Any]) -> None:
+def write_tables(report: Report) -> None:
     """The main numbers of the stages for `dvc metrics` and `dvc plots`."""
     columns = ("top1", "size_bytes", "zst_bytes", "latency_p50_ms")
-    stages = report["stages"]
-    files.write_json(paths.METRICS, {name: {key: stage[key] for key in columns} for name, stage in stages.items()})
-    rows = [[name, *(round(stage[key], 6) for key in columns)] for name, stage in stages.items()]
+    stages = {name: {key: getattr(stage, key) for key in columns} for name, stage in report.stages.items()}
+    files.write_json(paths.METRICS, stages)
+    rows = [[name, *(round(value, 6) for value in stage.values())] for name, stage in stages.items()]
     _write_csv(paths.STAGES, [["stage", *columns], *rows])
 
 
@@ -205,25 +179,27 @@ def main() -> None:
     models = {name: paths.onnx(name) for name in WEIGHED}
     champion = paths.CHAMPION_MODEL if paths.CHAMPION_MODEL.exists() else None
     report, predictions = benchmark(models, champion, paths.TEST, params.benchmark, params.classes)
-    if files.unpacked(paths.PACKED) != models["reduce"].read_bytes():
+    if files.unpack(paths.PACKED) != models["reduce"].read_bytes():
         raise StageError(f"{paths.PACKED} does not unpack to {models['reduce']}: run reduce again")
-    report["stages"]["reduce"]["zst_bytes"] = paths.PACKED.stat().st_size
+    reduced = report.stages["reduce"].model_copy(update={"zst_bytes": paths.PACKED.stat().st_size})
     _write_csv(paths.PREDICTIONS, predictions)
     with files.replacing(paths.GOLDEN) as (temporary,), temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **golden(models["reduce"], paths.TEST, params.benchmark.threads))
+        np.savez_compressed(
+            file, allow_pickle=False, **golden_of(models["reduce"], paths.TEST, params.benchmark.threads)
+        )
     written = {"predictions": paths.PREDICTIONS, "golden": paths.GOLDEN, "packed": paths.PACKED}
     hashes = {f"{name}_sha256": files.sha256(path) for name, path in written.items()}
-    files.write_json(paths.report("benchmark"), report | hashes)
+    report = report.model_copy(update={"stages": report.stages | {"reduce": reduced}, **hashes})
+    files.write_json(paths.report("benchmark"), report.model_dump(mode="json"))
     write_tables(report)
-    first, last = report["stages"]["finetune"], report["stages"]["reduce"]
-    own, plain = last["latency_p50_ms"], report["float32"]["latency_p50_ms"]
+    first, own, plain = report.stages["finetune"], reduced.latency_p50_ms, report.float32.latency_p50_ms
     if own > plain:
         print(
             f"benchmark: slower than the same shape in float32, {own:.3f} against {plain:.3f} ms: int8 buys bytes only"
         )
     print(
-        f"benchmark: top-1 {last['top1']:.2%}, {first['size_bytes'] / last['size_bytes']:.1f} times smaller and "
-        f"{first['latency_p50_ms'] / last['latency_p50_ms']:.1f} times faster than the fine-tuned model"
+        f"benchmark: top-1 {reduced.top1:.2%}, {first.size_bytes / reduced.size_bytes:.1f} times smaller and "
+        f"{first.latency_p50_ms / own:.1f} times faster than the fine-tuned model"
     )
 
 

@@ -1,15 +1,14 @@
 """finetune: fit a pretrained backbone to the classes; leaves weights, ONNX, metrics and the history."""
 
-import shutil
-import tempfile
 from pathlib import Path
 
 from torch import nn
 
-from tasks.core import backbone, config, files, masks, paths, training
-from tasks.core.backbone import Spec
+from tasks.core import config, files, paths
 from tasks.core.errors import StageError, run
-from tasks.core.export import export
+from tasks.nets import backbone, masks, training
+from tasks.nets.backbone import Spec
+from tasks.nets.export import export
 
 
 def finetune(
@@ -28,31 +27,28 @@ def finetune(
 
 
 def start(params: config.Finetune, classes: tuple[str, ...], own_name: str) -> tuple[nn.Module, Spec]:
-    """The network before training, and its description with where the weights come from."""
+    """The network before training, and its description with where the weights come from.
+
+    Those of the production model lie in data/start, where the flow lays them; `StageError` if they do not. They are no
+    DVC dependency on purpose: else every promotion would make the model stale that it promoted.
+    """
     preprocessing = backbone.preprocessing(params.backbone, params.image_size)
     origin: dict[str, str] = {"source": params.weights.source}
-    with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
-        production = None
-        if params.weights.source == "production":
-            from tasks.core import registry
-
-            # Not a DVC dependency on purpose: else every promotion would make the model stale that it promoted.
-            # What was fetched is recorded in model.json instead.
-            production, name = Path(scratch) / "model.safetensors", params.weights.model or own_name
-            if paths.START.exists():  # a version is made again, which began with what was in production then
-                shutil.copy(paths.START, production)
-                version = paths.START_VERSION.read_text()
-            else:
-                version = registry.fetch(Path.cwd(), name, paths.weights(params.weights.stage), production)
-            origin |= {"model": name, "version": version, "sha256": files.sha256(production)}
-        elif params.weights.source == "file":
-            origin |= {"path": str(params.weights.path), "sha256": files.sha256(Path(str(params.weights.path)))}
-        elif params.weights.source == "packaged":
-            origin |= {"package": backbone.PACKAGE, "sha256": backbone.PACKAGED_SHA256}
-        spec = Spec(backbone=params.backbone, classes=classes, preprocessing=preprocessing, weights=origin)
-        net = backbone.pretrained(params, spec, production)
-        backbone.check_size(net, spec)
-        return net, spec
+    production = None
+    if params.weights.source == "production":
+        production, name = paths.START, params.weights.model or own_name
+        if not (production.exists() and paths.START_VERSION.exists()):
+            raise StageError(f"{production} is missing: `weighin run` lays the weights of {name} in production there")
+        version = paths.START_VERSION.read_text()
+        origin |= {"model": name, "version": version, "sha256": files.sha256(production)}
+    elif params.weights.source == "file":
+        origin |= {"path": str(params.weights.path), "sha256": files.sha256(Path(str(params.weights.path)))}
+    elif params.weights.source == "packaged":
+        origin |= {"package": backbone.PACKAGE, "sha256": backbone.PACKAGED_SHA256}
+    spec = Spec(backbone=params.backbone, classes=classes, preprocessing=preprocessing, weights=origin)
+    net = backbone.pretrained(params, spec, production)
+    backbone.check_size(net, spec)
+    return net, spec
 
 
 def main() -> None:

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from tasks.core import config, files, paths
-from tasks.core.dataset import upright
 from tasks.core.errors import StageError, run
 from tasks.core.progress import track
+from tasks.images.preprocessing import upright
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
@@ -201,7 +201,7 @@ class Table:
         self.schema = pa.schema([*fields, *((name, pa.string()) for name in columns)])
         self.writer = pq.ParquetWriter(path, self.schema, compression="zstd" if fields is MANIFEST else "none")
         self.size = 0
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, object]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -210,7 +210,7 @@ class Table:
         self.flush()
         self.writer.close()
 
-    def add(self, row: dict[str, Any], size: int = 0) -> None:
+    def add(self, row: dict[str, object], size: int = 0) -> None:
         """Append a row that holds `size` bytes of image."""
         self.rows.append(row)
         self.size += size
@@ -225,7 +225,7 @@ class Table:
 
 def describe(item: Item) -> dict[str, Any]:
     """The manifest row of one image, all but its split; an image that cannot be decoded has a `reason`."""
-    row: dict[str, Any] = dict.fromkeys(MANIFEST.names)
+    row: dict[str, object] = dict.fromkeys(MANIFEST.names)
     row.update(path=item.path, label=item.label, bytes=len(item.image), readable=False)
     row.update(item.columns)
     row["sha256"] = hashlib.sha256(item.image).hexdigest()

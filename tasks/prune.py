@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,60 +11,64 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from tasks.core import allocation, backbone, config, costs, distillation, files, importance, masks, paths, training
-from tasks.core.backbone import Spec
+from tasks.budget import allocation, costs
+from tasks.budget.plan import Block, Plan
+from tasks.core import config, files, paths, shares
 from tasks.core.errors import StageError, run
-from tasks.core.export import export
 from tasks.core.progress import track
+from tasks.nets import backbone, distillation, importance, masks, training
+from tasks.nets.backbone import Spec
+from tasks.nets.export import export
 
 TAYLOR_IMAGES, TAYLOR_BATCH = 1024, 32
 MARGIN = costs.Cost(
     0.97, 0.85
 )  # of a limit: what is planned and what is measured differ by less, if the machine is the same
-LOOSER = 1.5  # from one try to the next, where what fits the budget does not hold the top-1
+RELAX_FACTOR = 1.5  # from one try to the next, where what fits the budget does not hold the top-1
 TRIES = 4
 
 
-def decide(slim: nn.Module, params: config.Prune, val: training.Images, head: str) -> dict[str, Any]:
+def decide(slim: nn.Module, params: config.Prune, val: training.Images, head: str) -> Plan:
     """Remove blocks and channels from the network physically, and zero single weights; returns the plan."""
-    plan: dict[str, Any] = {"blocks": [], "channels": {}, "groups": [], "float32": [], "weights": {}}
+    plan = Plan()
     example = torch.stack([val[index][0] for index in range(2)])
     if params.blocks:
-        plan |= _blocks(slim, params.blocks, val, example)
-        masks.remove_blocks(slim, [block["name"] for block in plan["blocks"]])
+        plan.blocks, plan.block_scores = _blocks(slim, params.blocks, val, example)
+        masks.remove_blocks(slim, [block.name for block in plan.blocks])
     if params.channels:
-        plan["channels"], groups = masks.remove_channels(slim, params.channels, example, head)
-        plan["groups"] = [group | {"removed": ranges(group["removed"])} for group in groups]
+        plan.channels, plan.groups = masks.remove_channels(slim, params.channels, example, head)
     if params.weights:
-        plan["weights"] = masks.zero_weights(slim, params.weights)
+        plan.weights = masks.zero_weights(slim, params.weights)
     return plan
 
 
-def _blocks(net: nn.Module, params: config.Blocks, val: training.Images, example: Tensor) -> dict[str, Any]:
+def _blocks(
+    net: nn.Module, params: config.Blocks, val: training.Images, example: Tensor
+) -> tuple[list[Block], dict[str, float] | None]:
     """The residual blocks that go and why; by the threshold, with the scores of those that stay, too."""
     if params.threshold is None:
-        return {"blocks": _least_missed(net, params.remove or 0, val, example)}
+        return _least_missed(net, params.remove or 0, val, example), None
     scores = masks.block_scores(net, masks.residual_blocks(net, example))
-    gone = [{"name": name, "score": score} for name, score in scores.items() if score < params.threshold]
+    gone = [Block(name=name, score=score) for name, score in scores.items() if score < params.threshold]
     if not gone:
         lowest = f"the lowest of {len(scores)} is {min(scores.values()):.3f}" if scores else "this backbone has none"
         print(f"no residual block is under prune.blocks.threshold {params.threshold:g}: {lowest}", flush=True)
-    return {"blocks": gone, "block_scores": scores}
+    return gone, scores
 
 
-def _least_missed(net: nn.Module, count: int, val: training.Images, example: Tensor) -> list[dict[str, Any]]:
+def _least_missed(net: nn.Module, count: int, val: training.Images, example: Tensor) -> list[Block]:
     effects = importance.blocks(net, example, lambda: training.evaluate(net, val)[1])
     if count > len(effects):
         raise StageError(f"prune.blocks.remove is {count}, but this backbone has {len(effects)} residual blocks")
     chosen = sorted(effects, key=effects.__getitem__)[:count]
-    return [{"name": name, "val_loss_increase": effects[name]} for name in chosen]
+    return [Block(name=name, val_loss_increase=effects[name]) for name in chosen]
 
 
 class Pruned(NamedTuple):
     """The masked network in the teacher's shape, the plan, and recovery's history (empty without recovery)."""
 
     net: nn.Module
-    plan: dict[str, Any]
+    plan: Plan
     history: list[dict[str, float]]
 
 
@@ -80,7 +83,7 @@ def prune(teacher: nn.Module, spec: Spec, params: config.Prune, train: Path, val
 def finish(
     teacher: nn.Module,
     slim: nn.Module,
-    plan: dict[str, Any],
+    plan: Plan,
     params: config.Prune,
     images: training.Images,
     held_out: training.Images,
@@ -88,21 +91,23 @@ def finish(
 ) -> Pruned:
     """Recover the slim network and put it back into the teacher's shape."""
     example = torch.stack([held_out[index][0] for index in range(2)])
-    full = masked(teacher, slim, plan["channels"], example)  # refuses, if at all, before hours of recovery
+    full = build_masked(teacher, slim, plan.channels, example)  # refuses, if at all, before hours of recovery
     history: list[dict[str, float]] = []
     if params.recovery:
         hold = masks.hold_zeros(slim.to(training.device()), backbone.head(teacher))
         history = distillation.distill(
             slim, teacher, params.recovery, images, held_out, checkpoint=checkpoint, after_step=hold
         )
-        full = masked(teacher, slim, plan["channels"], example)
+        full = build_masked(teacher, slim, plan.channels, example)
     return Pruned(full, plan, history)
 
 
-Survey = tuple[Any, list[Any], list[Tensor], allocation.Network]  # graph, groups, scores, and what to choose from
+Survey = tuple[object, list[object], list[Tensor], allocation.Network]  # graph, groups, scores, and what to choose from
 
 
-def survey(net: nn.Module, effects: dict[str, float], train: training.Images, example: Tensor, head: str) -> Survey:
+def survey_channels(
+    net: nn.Module, effects: dict[str, float], train: training.Images, example: Tensor, head: str
+) -> Survey:
     """The network's DepGraph, its groups, their scores on training images, and what `allocation` chooses from."""
     net.to(memory_format=torch.channels_last)
     with masks.known_structure():
@@ -113,14 +118,14 @@ def survey(net: nn.Module, effects: dict[str, float], train: training.Images, ex
         return graph, groups, scores, importance.network(net, groups, scores, effects, example)
 
 
-def within(
+def prune_to_limits(
     slim: nn.Module,
     limits: allocation.Limits,
     whole: allocation.Network,
     effects: dict[str, float],
     table: costs.Table,
     look: Callable[..., Any],
-) -> dict[str, Any]:
+) -> Plan:
     """Remove what has to go for the limits from the network, in place; returns the plan.
 
     Blocks first; what is left is then surveyed again, by `look`, since channels are missed otherwise without them.
@@ -133,22 +138,20 @@ def within(
     with masks.known_structure():
         removed, cut = masks.cut(slim, graph, groups, scores, plan.widths)
     last = {step.group: step for step in plan.steps}
-    return {
-        "size_bytes": plan.cost.size_bytes,
-        "latency_ms": plan.cost.latency_ms,
-        "blocks": [
-            {"name": step.block, "val_loss_increase": effects[step.block], **step.saves._asdict()}
+    for number, group in enumerate(cut):
+        group.last_score = last[number].score if number in last else None
+    return Plan(
+        size_bytes=plan.cost.size_bytes,
+        latency_ms=plan.cost.latency_ms,
+        blocks=[
+            Block(name=step.block, val_loss_increase=effects[step.block], **step.saves._asdict())
             for step in first.steps
             if step.block is not None
         ],
-        "channels": removed,
-        "groups": [
-            group | {"removed": ranges(group["removed"]), "last_score": last[number].score if number in last else None}
-            for number, group in enumerate(cut)
-        ],
-        "float32": plan.float32,
-        "weights": {},
-    }
+        channels=removed,
+        groups=cut,
+        float32=plan.float32,
+    )
 
 
 def compress(
@@ -170,25 +173,25 @@ def compress(
     reference, _ = training.evaluate(teacher, held_out)
 
     def look(net: nn.Module, effects: dict[str, float]) -> Any:
-        return survey(net, effects, images, example, head)
+        return survey_channels(net, effects, images, example, head)
 
     def attempt(limits: allocation.Limits) -> Attempt:
         slim = copy.deepcopy(teacher)
-        plan = within(slim, limits, whole, effects, table, look)
+        plan = prune_to_limits(slim, limits, whole, effects, table, look)
         if params.weights:
-            plan["weights"] = masks.zero_weights(slim, params.weights)
+            plan.weights = masks.zero_weights(slim, params.weights)
         key = hashlib.sha256(repr(plan).encode()).hexdigest()[:8]  # of another table comes another network
         path = checkpoint.with_stem(f"{checkpoint.stem}-{key}")
         pruned = finish(teacher, slim, plan, params, images, held_out, path)
-        drop = round(reference - training.evaluate(pruned.net, held_out)[0], 9)  # 0.91 - 0.90 is not over 0.01
-        print(f"{plan['size_bytes']:,.0f} bytes and {plan['latency_ms']:.3f} ms: val top-1 {-drop:+.2%}", flush=True)
+        drop = shares.subtract(reference, training.evaluate(pruned.net, held_out)[0])
+        print(f"{plan.size_bytes:,.0f} bytes and {plan.latency_ms:.3f} ms: val top-1 {-drop:+.2%}", flush=True)
         holds = budget.max_top1_drop is None or drop <= budget.max_top1_drop
-        return Attempt(pruned, costs.Cost(plan["size_bytes"], plan["latency_ms"]), drop, holds)
+        return Attempt(pruned, costs.Cost(plan.size_bytes, plan.latency_ms), drop, holds)
 
     effects = importance.blocks(teacher, example, lambda: training.evaluate(teacher, held_out)[1])
     *_, whole = look(copy.deepcopy(teacher), effects)
     if budget.max_size_bytes is None and budget.max_latency_ms is None:
-        ends = [allocation.allocate(whole, limits, table).cost for limits in (allocation.ANYTHING, allocation.NOTHING)]
+        ends = [allocation.allocate(whole, limits, table).cost for limits in (allocation.UNLIMITED, allocation.MINIMAL)]
         found = _smallest(attempt, *ends)
     else:
         found = _fitting(attempt, budget)
@@ -216,7 +219,7 @@ def _fitting(attempt: Try, budget: config.Compress) -> Attempt:
     for _ in range(TRIES):
         if found.holds:
             break
-        loose = [limit and max(limit, cost) * LOOSER for limit, cost in zip(limits, found.cost, strict=True)]
+        loose = [limit and max(limit, cost) * RELAX_FACTOR for limit, cost in zip(limits, found.cost, strict=True)]
         limits = allocation.Limits(*loose)
         found = attempt(limits)
     size, latency = (
@@ -227,11 +230,11 @@ def _fitting(attempt: Try, budget: config.Compress) -> Attempt:
     raise StageError(
         f"no network was found for compress in params.yaml ({values}): the nearest "
         f"{'that holds has' if found.holds else 'does not hold either, and has'} max_size_bytes {size:.0f}, "
-        f"max_latency_ms {latency:g} and max_top1_drop {upward(found.drop):g}"
+        f"max_latency_ms {latency:g} and max_top1_drop {round_up_drop(found.drop):g}"
     )
 
 
-def upward(drop: float) -> float:
+def round_up_drop(drop: float) -> float:
     """With four digits, so that it holds when it is given as the limit."""
     return math.ceil(round(max(drop, 0) * 1e4, 5)) / 1e4
 
@@ -250,25 +253,13 @@ def _smallest(attempt: Try, whole: costs.Cost, least: costs.Cost) -> Attempt:
     if best is None:
         raise StageError(
             f"compress.max_top1_drop in params.yaml cannot be held: already at {found.cost.size_bytes:,.0f} bytes the "
-            f"drop is {upward(found.drop):g}; allow more, or give prune.recovery more epochs"
+            f"drop is {round_up_drop(found.drop):g}; allow more, or give prune.recovery more epochs"
         )
     return best
 
 
-def readable(removed: masks.Removed) -> dict[str, dict[str, str]]:
-    """The channels that are zero, as ranges."""
-    return {name: {side: ranges(numbers) for side, numbers in sides.items()} for name, sides in removed.items()}
-
-
-def ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 7] as "0-2,7"."""
-    runs = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    bounds = [(run[0][1], run[-1][1]) for _, group in runs if (run := list(group))]
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in bounds)
-
-
 @torch.no_grad()
-def masked(teacher: nn.Module, slim: nn.Module, removed: masks.Removed, images: Tensor) -> nn.Module:
+def build_masked(teacher: nn.Module, slim: nn.Module, removed: masks.Removed, images: Tensor) -> nn.Module:
     """The slim network's function in the teacher's shape; `StageError` if the images tell them apart."""
     full = copy.deepcopy(teacher)
     masks.scatter(slim, full, removed)
@@ -303,7 +294,7 @@ def main() -> None:
     top1, loss = training.evaluate(net, training.Images(paths.VAL, spec.preprocessing, spec.classes))
     metrics = {"val_top1": top1, "val_loss": loss, **sparsity(net)}
     backbone.save(net, spec, paths.weights("prune"), paths.spec("prune"))
-    files.write_json(paths.PLAN, plan | {"channels": readable(plan["channels"])})
+    files.write_json(paths.PLAN, plan.to_json())
     export(net, spec, paths.onnx("prune"))
     training.write_history(paths.history("prune"), history)
     files.write_json(paths.report("prune"), metrics)

@@ -4,7 +4,6 @@ Every rule is one of Great Expectations' own expectations on the manifest or on 
 The verdict is for others to act on: the stage itself ends well whether the data passes or not.
 """
 
-import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +11,8 @@ import pandas as pd
 
 from tasks.core import config, files, paths
 from tasks.core.errors import StageError, run
+from tasks.core.files import Json
+from tasks.core.quiet import set_quiet
 
 SPLITS = ("train", "val", "test")
 COLUMNS = (
@@ -30,7 +31,7 @@ class Rule(NamedTuple):
     table: str
     column: str
     expectation: str
-    arguments: dict[str, Any]
+    arguments: Json
 
 
 SCHEMA = Rule("columns", "critical", f"the manifest has the columns {', '.join(COLUMNS)}",
@@ -97,7 +98,7 @@ def rules(params: config.Validate, classes: tuple[str, ...]) -> list[Rule]:
     ]  # fmt: skip
 
 
-def judge(frames: dict[str, pd.DataFrame], wanted: list[Rule], docs: Path) -> dict[str, dict[str, Any]]:
+def judge(frames: dict[str, pd.DataFrame], wanted: list[Rule], docs: Path) -> dict[str, Json]:
     """Great Expectations' result for each rule by its name; also writes Data Docs to the directory `docs`."""
     import great_expectations as gx
     from great_expectations.core.run_identifier import RunIdentifier
@@ -148,7 +149,7 @@ def _expectation(rule: Rule) -> Any:
     return getattr(gxe, rule.expectation)(**column, **rule.arguments, **about)
 
 
-def outcome(rule: Rule, judged: dict[str, Any], frame: pd.DataFrame) -> dict[str, Any]:
+def outcome(rule: Rule, judged: Json, frame: pd.DataFrame) -> Json:
     """One entry of the verdict; `StageError` if the expectation could not be evaluated at all."""
     result, passed = judged["result"], bool(judged["success"])
     if rule is SCHEMA:
@@ -162,7 +163,7 @@ def outcome(rule: Rule, judged: dict[str, Any], frame: pd.DataFrame) -> dict[str
     return {**entry, "offending": offending[:SHOWN], "sentence": _sentence(rule.says, passed, observed, offending)}
 
 
-def _observed(rule: Rule, result: dict[str, Any], frame: pd.DataFrame) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _observed(rule: Rule, result: Json, frame: pd.DataFrame) -> tuple[Json, list[Any]]:
     values = frame[rule.column]
     observed = {"checked": len(frame), "offending": result["unexpected_count"]}
     if pd.api.types.is_numeric_dtype(values) and values.notna().any():
@@ -171,7 +172,7 @@ def _observed(rule: Rule, result: dict[str, Any], frame: pd.DataFrame) -> tuple[
     return observed, shown.rename(columns={rule.column: "value"}).to_dict("records")
 
 
-def _sentence(says: str, passed: bool, observed: dict[str, Any], offending: list[dict[str, Any]]) -> str:
+def _sentence(says: str, passed: bool, observed: Json, offending: list[Json]) -> str:
     span = f"from {observed['min']:g} to {observed['max']:g}" if "min" in observed else ""
     if passed:
         return says[0].upper() + says[1:] + (f" ({span})." if span else ".")
@@ -181,12 +182,12 @@ def _sentence(says: str, passed: bool, observed: dict[str, Any], offending: list
     return f"Expected that {says}, but not so for {count} of {checked}{found}, such as {' in '.join(where)}: {value}."
 
 
-def validate(manifest: pd.DataFrame, params: config.Validate, classes: tuple[str, ...], docs: Path) -> dict[str, Any]:
+def validate(manifest: pd.DataFrame, params: config.Validate, classes: tuple[str, ...], docs: Path) -> Json:
     """The verdict on a manifest, fit for JSON; Data Docs (HTML) go to the new directory `docs`.
 
     It fails if any critical expectation does; a warning is told and lets pass.
     """
-    os.environ["GX_ANALYTICS_ENABLED"] = "false"  # read when Great Expectations is imported
+    set_quiet()  # read when Great Expectations is imported
     frames, wanted = {"rows": manifest}, [SCHEMA]
     if set(COLUMNS) <= set(manifest.columns):
         frames, wanted = tables(manifest, classes), [SCHEMA, *rules(params, classes)]

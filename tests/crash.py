@@ -21,13 +21,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ledger import MODEL, Ledger, call
+from ledger import MODEL, Ledger, call, opened
+from ledger import look as look_at
+from workspace import OWN_GIT
 
-from flows.audit import audit
-from flows.rollback import rollback
-from tasks.core import keys, registry
+from flows.registry import keys
+from flows.registry.audit import ALL, audit
+from flows.registry.git import MOVER
+from flows.registry.refs import BRANCH as BRANCH
+from tasks.core import quiet
 from tasks.core.errors import RegistryError
-from tasks.core.registry import BRANCH as BRANCH
 
 T = TypeVar("T")
 WAIT_S = 120.0
@@ -162,7 +165,7 @@ def _be_apart(folder: Path, action: Callable[[], Any], kill: Kill | None) -> Non
             os.dup2(log, stream)
         how = kill or Kill("never")
         given = {"CRASH": folder, "CRASH_HOW": how.how, "CRASH_AT": how.at, "CRASH_S": how.seconds}
-        settings = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "DVC_NO_ANALYTICS": "1", "TZ": "UTC"}
+        settings = OWN_GIT | quiet.SETTINGS
         os.environ |= {name: str(value) for name, value in given.items()} | settings
         os.environ |= {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(folder / "tmp")}
         import tempfile
@@ -173,7 +176,7 @@ def _be_apart(folder: Path, action: Callable[[], Any], kill: Kill | None) -> Non
         try:
             answer = action(), None
         except RegistryError as error:
-            answer = None, str(error)
+            answer = None, str(error)  # type: ignore[assignment]
         (folder / "answer").write_bytes(pickle.dumps(answer))
         os._exit(0)
     except BaseException:
@@ -218,21 +221,20 @@ def look(case: Case) -> Look:
 
 def _looked(case: Case) -> Look:
     root = case.root
-    refs = registry.look(root)
-    links = list(reversed(list(registry.chain(root, refs.tip))))
+    view = look_at(root)
+    refs, links = view.refs, view.links
     numbers = {link.commit: number for number, link in enumerate(links)}
     decisions = (link.decision for link in links)
-    production = registry.production(root, MODEL)
-    registry.latest(root, MODEL)
+    production = view.standing.production
     trusted = keys.trusted_keys(root)
     state = State(
         tuple((one.outcome, one.version, one.replaces, one.model_sha256, one.failed) for one in decisions),
         tuple(sorted((tag, numbers.get(commit, -1)) for tag, commit in refs.tags.items())),
-        production.version if production else None,
+        production.decision.version if production else None,
         tuple(one.before is None for one in trusted),
         _own(root, trusted),
     )
-    findings = audit(root, MODEL, None, everything=True, remote=case.remote).findings if refs.tip else []
+    findings = audit(root, MODEL, ALL, case.remote).findings if refs.tip else []
     places = [root, *([case.folder / "bare.git"] if case.shared else [])]
     checked = [
         subprocess.run(
@@ -273,13 +275,13 @@ def silent(_: str) -> None:
 
 def record(case: Case) -> None:
     """Record the verdict that lies there."""
-    registry.record(case.root, MODEL, silent)
+    opened(case.root).record()
 
 
 def go_back(case: Case) -> None:
     """Roll back to v0.1.0, if that has not been done; what it was cut off from, the next decision finishes."""
     try:
-        rollback(case.root, MODEL, "v0.1.0", "wrong at night", silent)
+        opened(case.root).roll_back("v0.1.0", "wrong at night")
     except RegistryError as error:
         if "is in production already" not in str(error):
             raise
@@ -476,6 +478,7 @@ def _fetched(scenario: Scenario, case: Case, tags: list[str]) -> None:
 def locks(scenario: Scenario, case: Case) -> None:
     """git has taken the locks of the refs here, and nothing more."""
     _here(scenario, case)
+    _die(case.root / ".git")
     for ref in ("refs/heads/registry", *new_refs(scenario)):
         _lock(case.root / ".git" / ref)
     if case.shared:
@@ -486,8 +489,14 @@ def locks_there(scenario: Scenario, case: Case) -> None:
     """git has taken the locks of the refs at the remote, and nothing more."""
     _here(scenario, case)
     _there(scenario, case)
+    _die(case.root / ".git")
     for ref in ("refs/heads/registry", *new_refs(scenario)):
         _lock(case.folder / "bare.git" / ref)
+
+
+def _die(git_folder: Path) -> None:
+    """A git of ours was moving refs in this repository, and was killed."""
+    (git_folder / MOVER).write_text('{"moving": true}')
 
 
 def _lock(ref: Path) -> None:
@@ -498,6 +507,7 @@ def _lock(ref: Path) -> None:
 def branch_and_locks(scenario: Scenario, case: Case) -> None:
     """git has moved the branch here, and holds the locks of the tags."""
     no_tags(scenario, case)
+    _die(case.root / ".git")
     for ref in new_refs(scenario):
         _lock(case.root / ".git" / ref)
 

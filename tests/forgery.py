@@ -10,8 +10,11 @@ from typing import Any
 
 from ledger import Ledger, md5
 
-from tasks.core import files, git, registry, signing
-from tasks.core.registry import BRANCH, CARRIED, DECISION, SIGNATURE
+from flows.registry import git, signing
+from flows.registry.decision import CARRIED, DECISION, SIGNATURE
+from flows.registry.decision import MODEL as SHIPPED
+from flows.registry.refs import BRANCH
+from tasks.core import files
 
 Contents = dict[str, bytes]
 Edit = Callable[[Ledger, Contents], None]
@@ -135,8 +138,8 @@ def write(
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
         if signer:
-            model = folder / registry.MODEL.name
-            found = output(ledger, commit, registry.MODEL.as_posix())
+            model = folder / SHIPPED.name
+            found = output(ledger, commit, SHIPPED.as_posix())
             model.write_bytes(ledger.cached(found["annotations"]["md5"]).read_bytes())
             signer.sign_folder(folder, folder / SIGNATURE)
             model.unlink()

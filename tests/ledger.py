@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,14 @@ from conftest import png, write_split
 from onnx import TensorProto, helper, numpy_helper
 from ruamel.yaml import YAML
 
+from flows.registry import materials
+from flows.registry.chain import Link
+from flows.registry.decision import Champion, Decision
+from flows.registry.record import Registry, open_registry
+from flows.registry.view import View, read_view
 from tasks import benchmark, gate
-from tasks.core import config, files, materials, paths, probe, registry
-from tasks.core.registry import Decision
+from tasks.core import config, files, paths
+from tasks.runtime import probe
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -32,11 +38,36 @@ FILES = (
     *(paths.report("benchmark"), paths.GOLDEN, paths.PREDICTIONS, paths.report("gate"), paths.PACKED),
 )
 OUTS = (*FILES, paths.DATA_DOCS)
+GATE: dict[str, Any] = {"cmd": "true", "deps": ["tasks/stage.py"]}  # what judges
 IMAGES = 200
 
 
 def call(root: Path, *command: str) -> str:
     return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def opened(root: Path, model: str = MODEL, say: Callable[[str], None] = lambda _: None) -> Registry:
+    """The registry of a project; what it says is not shown."""
+    return open_registry(root, model, say)
+
+
+def look(root: Path, model: str = MODEL) -> View:
+    """What lies here of the registry; `RegistryError` if something in it does not hold."""
+    view = read_view(root, model, None)
+    view.require_sound()
+    return view
+
+
+def decided(link: Link | None) -> Decision | None:
+    return link.decision if link else None
+
+
+def latest(root: Path, model: str = MODEL) -> Decision | None:
+    return decided(look(root, model).standing.latest)
+
+
+def production(root: Path, model: str = MODEL) -> Decision | None:
+    return decided(look(root, model).standing.production)
 
 
 class Ledger:
@@ -56,7 +87,7 @@ class Ledger:
         call(root, str(BIN / "dvc"), "init", "--quiet")
         made.params(**gate_limits)
         outs = [path.as_posix() for path in OUTS]
-        made.write("dvc.yaml", json.dumps({"stages": {"build": {"cmd": "true", "outs": outs}}}).encode())
+        made.write("dvc.yaml", json.dumps({"stages": {"build": {"cmd": "true", "outs": outs}, "gate": GATE}}).encode())
         made.write("tasks/stage.py", b"print('code')\n")
         made.write(paths.DEVICE, b'{"latency_ms": []}\n')
         made.write(".gitignore", b"/data/prepared\n/data/models\n/data/reports\n/data/champion\n.weighin/\n")
@@ -66,10 +97,10 @@ class Ledger:
         made.commit("Begin")
         return made
 
-    def params(self, remote: str | None = None, **limits: Any) -> None:
+    def params(self, remote: str | None = None, name: str = MODEL, **limits: Any) -> None:
         """The shipped parameters for this project, with some of the gate's limits changed."""
         yaml = YAML(typ="safe")
-        content = yaml.load(ROOT / "params.yaml") | {"model": MODEL, "classes": list(CLASSES)}
+        content = yaml.load(ROOT / "params.yaml") | {"model": name, "classes": list(CLASSES)}
         content["ingest"] |= {"kind": "folder", "path": "data/raw"}
         content["registry"] = {"remote": remote}
         slices = {"label": {"min_count": 20, "min_top1": 0.5}}
@@ -123,18 +154,18 @@ class Ledger:
         outputs are of, if not of this one.
         """
         self.write(paths.onnx("reduce"), model(seed))
-        self.write(paths.PACKED, files.packed(model(seed)))
+        self.write(paths.PACKED, files.pack(model(seed)))
         self.write(paths.onnx("finetune"), model(seed, note="fp32"))
         self.write(paths.weights("finetune"), np.random.default_rng(seed).bytes(padding or 64))
         self.write(paths.spec("finetune"), json.dumps({"weights": weights or {"source": "none"}}).encode())
-        champion = registry.lay_champion(self.root, name, files.sha256(self.root / paths.onnx("reduce")), False)
+        champion = opened(self.root, name).lay_champion(files.sha256(self.root / paths.onnx("reduce")), False)
         self.judge(seed, wrong, champion, golden)
 
-    def judge(self, seed: int, wrong: int, champion: registry.Champion, golden: int | None = None) -> None:
+    def judge(self, seed: int, wrong: int, champion: Champion, golden: int | None = None) -> None:
         """What benchmark and gate leave behind."""
         reference = self.write(".weighin/golden.onnx", model(seed if golden is None else golden))
         with (self.root / paths.GOLDEN).open("wb") as file:
-            arrays = benchmark.golden(reference, self.root / paths.TEST, 1)
+            arrays = benchmark.golden_of(reference, self.root / paths.TEST, 1)
             np.savez_compressed(file, allow_pickle=False, **arrays)
         self.write(paths.PREDICTIONS, predictions(seed, wrong, champion))
         report = self.report(seed, wrong, champion)
@@ -142,7 +173,7 @@ class Ledger:
         params = config.load(self.root / paths.PARAMS)
         names = (paths.onnx("reduce"), paths.TEST, paths.PARAMS)
         model_sha256, data_sha256, params_sha256 = (files.sha256(self.root / path) for path in names)
-        code = files.digest(materials.code(self.root))
+        code = files.digest(gate.judging_code(self.root))
         evidence = gate.Evidence(
             report=report,
             predictions=(self.root / paths.PREDICTIONS).read_bytes(),
@@ -153,10 +184,10 @@ class Ledger:
             judged=gate.Judged(model_sha256, data_sha256, params_sha256, code),
         )
         verdict = gate.gate(evidence, params.gate, params.classes)
-        self.write(paths.report("gate"), (json.dumps(verdict, indent=2) + "\n").encode())
+        self.write(paths.report("gate"), (json.dumps(verdict.to_json(), indent=2) + "\n").encode())
         self.lock()
 
-    def report(self, seed: int, wrong: int, champion: registry.Champion) -> dict[str, Any]:
+    def report(self, seed: int, wrong: int, champion: Champion) -> dict[str, Any]:
         numbers = {"top1": (IMAGES - wrong) / IMAGES, "size_bytes": 1000, "latency_p50_ms": 0.1}
         reduced = numbers | {"sha256": files.sha256(self.root / paths.onnx("reduce"))}
         return {
@@ -174,13 +205,14 @@ class Ledger:
         page = self.stored(DOCS)
         listing = json.dumps([{"md5": page["md5"], "relpath": DOCS.name}]).encode()
         folder = {"path": paths.DATA_DOCS.as_posix(), "hash": "md5", "md5": f"{md5(listing)}.dir", "nfiles": 1}
-        self.cached(folder["md5"]).parent.mkdir(parents=True, exist_ok=True)
-        if not self.cached(folder["md5"]).exists():
-            self.cached(folder["md5"]).write_bytes(listing)
+        self.cached(folder["md5"]).parent.mkdir(parents=True, exist_ok=True)  # type: ignore[arg-type]
+        if not self.cached(folder["md5"]).exists():  # type: ignore[arg-type]
+            self.cached(folder["md5"]).write_bytes(listing)  # type: ignore[arg-type]
         table = {"path": str(paths.DEVICE), "hash": "md5", "md5": materials.hashes(self.root / paths.DEVICE)[0]}
         stage = {"cmd": "true", "deps": [table], "outs": sorted([*outs, folder], key=lambda out: str(out["path"]))}
+        judging = [{"path": path, "hash": "md5", "md5": materials.hashes(self.root / path)[0]} for path in GATE["deps"]]
         with (self.root / "dvc.lock").open("w") as file:
-            YAML().dump({"schema": "2.0", "stages": {"build": stage}}, file)
+            YAML().dump({"schema": "2.0", "stages": {"build": stage, "gate": GATE | {"deps": judging}}}, file)
 
     def stored(self, path: Path) -> dict[str, Any]:
         found, _, size = materials.hashes(self.root / path)
@@ -196,7 +228,7 @@ class Ledger:
     def decide(self, seed: int, wrong: int = 10, **more: Any) -> Decision:
         """Lay a challenger and record what the gate says of it."""
         self.lay(seed, wrong, **more)
-        decision, new = registry.record(self.root, more.get("name", MODEL), say=lambda _: None)
+        decision, new = opened(self.root, more.get("name", MODEL)).record()
         assert new
         return decision
 
@@ -257,7 +289,7 @@ def model(seed: int, note: str = "") -> bytes:
     return bytes(made.SerializeToString())
 
 
-def predictions(seed: int, wrong: int, champion: registry.Champion) -> bytes:
+def predictions(seed: int, wrong: int, champion: Champion) -> bytes:
     """So many wrong answers of the challenger, ten of the champion, at places that depend on the seed."""
     rng = np.random.default_rng(seed)
     ours, theirs = (set(rng.choice(IMAGES, count, replace=False).tolist()) for count in (wrong, 10))

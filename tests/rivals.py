@@ -12,16 +12,20 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ledger import MODEL, Ledger
+from ledger import MODEL, Ledger, opened, production
+from workspace import OWN_GIT
 
-from flows.audit import audit
-from flows.rollback import rollback
-from tasks.core import git, registry
+from flows.registry import git
+from flows.registry.audit import ALL, audit
+from flows.registry.chain import Link
+from flows.registry.decision import Champion, Decision
+from flows.registry.record import Superseded
+from flows.registry.refs import BRANCH
+from tasks.core import quiet
 from tasks.core.errors import RegistryError
-from tasks.core.registry import Champion, Decision
 
 WAIT_S = 120.0
-SETTINGS = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "DVC_NO_ANALYTICS": "1", "TZ": "UTC"}
+SETTINGS = OWN_GIT | quiet.SETTINGS
 FORK = multiprocessing.get_context("fork")
 
 
@@ -81,8 +85,8 @@ def promoter(root: Path, seed: int, ready: Callable[[], None]) -> Told:
     superseded = 0
     while True:
         try:
-            decision, _ = registry.record(root, MODEL, said.append)
-        except registry.Superseded:
+            decision, _ = opened(root, say=said.append).record()
+        except Superseded:
             superseded += 1
             Ledger(root).lay(seed)
         else:
@@ -92,11 +96,13 @@ def promoter(root: Path, seed: int, ready: Callable[[], None]) -> Told:
 def roller(root: Path, seed: int, ready: Callable[[], None]) -> Told:
     """Roll back to the version before."""
     said: list[str] = []
-    production = registry.production(root, MODEL)
-    target = production.replaces if production else None
+    before = production(root)
+    target = before.replaces if before else None
     ready()
     try:
-        return Told(rollback(root, MODEL, target, f"wrong at night {seed}", said.append), 0, _overtaken(said), None)
+        return Told(
+            opened(root, say=said.append).roll_back(target, f"wrong at night {seed}"), 0, _overtaken(said), None
+        )
     except RegistryError as error:
         return Told(None, 0, _overtaken(said), str(error))
 
@@ -179,31 +185,30 @@ def broken(rivals: Rivals, decisions: int) -> list[str]:
     """What is wrong with the registry afterwards: one chain of so many, without gaps, the same in both places."""
     wrong: list[str] = []
     for place in rivals.places:
-        refs = registry.look(place, rivals.remote)
-        links = list(reversed(list(registry.chain(place, refs.tip))))
+        links = list(opened(place).look().links)
         wrong += _chain(place, links)
         if len(links) != decisions:
             wrong.append(f"{len(links)} decisions, not {decisions}")
-        report = audit(place, MODEL, everything=True, remote=rivals.remote)
+        report = audit(place, MODEL, ALL, remote=rivals.remote)
         wrong += [f"{one.decision}: {one.file}: {one.found}" for one in report.findings]
-    first, second = (git.git(place, "for-each-ref", registry.BRANCH, "refs/tags") for place in rivals.places)
+    first, second = (git.git(place, "for-each-ref", BRANCH, "refs/tags") for place in rivals.places)
     return wrong if first == second else [*wrong, "the two places do not agree"]
 
 
-def _chain(place: Path, links: list[registry.Link]) -> Iterator[str]:
+def _chain(place: Path, links: list[Link]) -> Iterator[str]:
     production: str | None = None
-    versions: list[str] = []
+    count = 0
     for link in links:
         decision = link.decision
         if decision.replaces != production:
             yield f"{link.commit} replaces {decision.replaces}, but {production} was in production"
         if decision.outcome == "promoted":
-            if decision.version != registry.next_version(versions):
-                yield f"{decision.version} comes after {versions[-1:]}"
+            count += 1
+            if decision.version != f"v0.{count}.0":
+                yield f"{decision.version} is the {count}th"
             champion = Champion.model_validate_json(git.git(place, "show", f"{link.commit}:champion.json"))
             if champion.version != production:
                 yield f"{decision.version} was compared with {champion.version}, not with {production}"
-            versions.append(str(decision.version))
         production = decision.version or production
 
 

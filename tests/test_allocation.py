@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from flows import profile
-from tasks.core import allocation, config, costs
-from tasks.core.allocation import Layer, Limits, Network
-from tasks.core.costs import Operator
+from tasks import benchmark
+from tasks.budget import allocation, costs
+from tasks.budget.allocation import Layer, Limits, Network
+from tasks.budget.costs import Operator
+from tasks.core import config
 from tasks.core.errors import StageError
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +45,7 @@ def network(first: float = 1.0, second: float = 1.0, block: float = 1.0) -> Netw
 
 
 def whole() -> costs.Cost:
-    return allocation.allocate(network(), allocation.ANYTHING, table()).cost
+    return allocation.allocate(network(), allocation.UNLIMITED, table()).cost
 
 
 def test_nothing_goes_when_everything_fits() -> None:
@@ -79,21 +81,21 @@ def test_what_a_network_takes_beside_its_layers_counts_and_is_saved() -> None:
         network(first=100.0, block=100.0),
         table() | {(costs.NETWORK, at, at): more for at, more in points.items()},
     )
-    everything = allocation.allocate(dear, allocation.ANYTHING, cached)
+    everything = allocation.allocate(dear, allocation.UNLIMITED, cached)
     assert everything.cost.latency_ms == pytest.approx(2 * latency)
     plan = allocation.allocate(dear, Limits(None, latency * 1.01), cached)
     assert plan.cost.latency_ms <= latency * 1.01
     assert plan.cost.size_bytes <= size - 900
     assert plan.widths[0] == 64  # bytes of the layers that take no time are enough
-    ends = allocation.allocate(dear, allocation.NOTHING, cached).cost
-    assert ends == pytest.approx(allocation.allocate(dear, allocation.NOTHING, table()).cost)
+    ends = allocation.allocate(dear, allocation.MINIMAL, cached).cost
+    assert ends == pytest.approx(allocation.allocate(dear, allocation.MINIMAL, table()).cost)
 
 
 def test_a_clock_that_errs_in_the_middle_does_not_end_a_plan() -> None:
     """As if half of the network took longer than the whole: no step would be worth taking."""
     size, latency = whole()
     uneven = table() | {(costs.NETWORK, round(size / 2), 0): 100 * latency, (costs.NETWORK, round(size), 0): 0.0}
-    assert allocation.allocate(network(), allocation.NOTHING, uneven).widths == [16, 16]
+    assert allocation.allocate(network(), allocation.MINIMAL, uneven).widths == [16, 16]
 
 
 def test_what_is_missed_less_goes_first() -> None:
@@ -114,7 +116,7 @@ def test_latency_and_bytes_ask_for_different_things() -> None:
 
 
 def test_the_least_that_can_be_left_is_a_step_of_each_group() -> None:
-    plan = allocation.allocate(network(), allocation.NOTHING, table())
+    plan = allocation.allocate(network(), allocation.MINIMAL, table())
     assert plan.widths == [16, 16]
     assert plan.blocks == ["block"]
 
@@ -122,7 +124,7 @@ def test_the_least_that_can_be_left_is_a_step_of_each_group() -> None:
 def test_widths_are_multiples_of_the_step() -> None:
     layers = [Layer("stem", SLOW, None, 0, 3, 40), Layer("head", WIDE, 0, None, 40, 10)]
     odd = Network(layers, [np.ones(40)], {})
-    steps = allocation.allocate(odd, allocation.NOTHING, table()).steps
+    steps = allocation.allocate(odd, allocation.MINIMAL, table()).steps
     assert [step.width for step in steps] == [32, 16]
 
 
@@ -132,8 +134,8 @@ def test_a_front_that_is_faster_in_float_is_left_so_and_counted(gain: float) -> 
     with_front = network()._replace(layers=[*network().layers[:1], network().layers[0]._replace(operator=front)])
     widths = (16, 32, 64)
     fronts = table() | {(front, 3, width): -gain for width in widths}
-    plan = allocation.allocate(with_front, allocation.ANYTHING, fronts)
-    plain = allocation.allocate(with_front._replace(layers=with_front.layers[:1]), allocation.ANYTHING, fronts)
+    plan = allocation.allocate(with_front, allocation.UNLIMITED, fronts)
+    plain = allocation.allocate(with_front._replace(layers=with_front.layers[:1]), allocation.UNLIMITED, fronts)
     assert plan.float32 == (["stem"] if gain > 0 else [])
     assert plan.cost.latency_ms == pytest.approx(plain.cost.latency_ms - max(gain, 0))
     assert plain.float32 == []
@@ -149,14 +151,14 @@ def test_a_front_goes_with_the_block_that_its_last_layer_is_in() -> None:
     ]
     fronts = table() | {(front, 3, width): -0.01 for width in (16, 32, 64)}
     small = Network(layers, network().channels, {"block": 1e-9})
-    assert allocation.allocate(small, allocation.ANYTHING, fronts).float32 == ["stem", "block.conv"]
-    plan = allocation.allocate(small, allocation.NOTHING, fronts)
+    assert allocation.allocate(small, allocation.UNLIMITED, fronts).float32 == ["stem", "block.conv"]
+    plan = allocation.allocate(small, allocation.MINIMAL, fronts)
     assert (plan.blocks, plan.float32) == (["block"], [])
 
 
 def test_what_a_plan_could_ask_for_is_what_is_needed() -> None:
-    points = allocation.needed(network())
-    plan = allocation.allocate(network(), allocation.NOTHING, dict.fromkeys(points, 1.0))
+    points = allocation.points_to_measure(network())
+    plan = allocation.allocate(network(), allocation.MINIMAL, dict.fromkeys(points, 1.0))
     assert plan.widths == [16, 16]
 
 
@@ -174,7 +176,7 @@ def test_the_front_of_a_backbone(backbone: str, front: str | None, last: str | N
     params = config.load(ROOT / "params.yaml")
     finetune = params.finetune.model_copy(update={"backbone": backbone})
     layers = profile.network(params.model_copy(update={"finetune": finetune})).layers
-    found = [(one.operator.kind, one.name, one.block) for one in layers if one.operator.kind in costs.FRONTS]
+    found = [(one.operator.kind, one.name, one.block) for one in layers if one.operator.kind in costs.FLOAT_STEMS]
     assert found == ([] if front is None else [(front, last, block)])
 
 
@@ -195,8 +197,8 @@ def test_a_network_that_was_measured_is_planned_to_take_what_it_took(
         files_of.update({name: path.stat().st_size for name, path in models.items()})
         return {name: np.full(10, 1 + int(name) * 1e-6) for name in models}
 
-    monkeypatch.setattr(profile.benchmark, "latencies", latencies)
-    monkeypatch.setattr(profile.costs, "measure", lambda *_: 1e-3)
+    monkeypatch.setattr(benchmark, "latencies", latencies)
+    monkeypatch.setattr(profile, "measure", lambda *_: 1e-3)
     monkeypatch.setattr(profile, "NETWORKS", 2)
     params, path = digits_by("test_resnet"), tmp_path / "device.json"
     about = profile.profile(params, path)
@@ -207,7 +209,7 @@ def test_a_network_that_was_measured_is_planned_to_take_what_it_took(
         plan = allocation.allocate(network, Limits(float(name) + 1, None), table)
         assert plan.cost.latency_ms == pytest.approx(1 + plan.cost.size_bytes * 1e-6, rel=1e-3)
         assert size_bytes == pytest.approx(int(name), rel=0.03)  # nothing of it was removed before it was timed
-    monkeypatch.setattr(profile, "FORETOLD", 0.0)
+    monkeypatch.setattr(profile, "MAX_SIZE_ERROR", 0.0)
     with pytest.raises(StageError, match=r"test_resnet cut to .* bytes has .* in its file, so budgets cannot be"):
         profile.profile(params, path)
 
@@ -216,7 +218,7 @@ def test_profile_refuses_a_backbone_whose_channels_reduce_cannot_remove(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut, its file would be small; masked, what squeeze and excitation scale keeps its channels."""
-    monkeypatch.setattr(profile.costs, "measure", lambda _, inputs, outputs, _threads: 1e-6 * inputs * outputs)
+    monkeypatch.setattr(profile, "measure", lambda _, inputs, outputs, _threads: 1e-6 * inputs * outputs)
     monkeypatch.setattr(profile, "NETWORKS", 1)
     with pytest.raises(StageError, match=r"in its file, so budgets cannot be .* it: `reduce` cannot remove all that"):
         profile.profile(digits_by("test_efficientnet"), tmp_path / "device.json")
@@ -234,7 +236,7 @@ def test_profile_measures_on_this_machine(tmp_path: Path, monkeypatch: pytest.Mo
     measured = [point for point in table if point[0] == costs.NETWORK]
     assert about["networks"] == len(measured) < profile.NETWORKS
     network = profile.network(params)
-    most, least = (allocation.allocate(network, end, table).cost for end in (allocation.ANYTHING, allocation.NOTHING))
+    most, least = (allocation.allocate(network, end, table).cost for end in (allocation.UNLIMITED, allocation.MINIMAL))
     assert most.latency_ms > least.latency_ms > 0
 
 
@@ -248,7 +250,7 @@ def test_profile_measures_on_this_machine(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_backbone_that_compress_does_not_know_is_told_in_a_sentence(
     backbone: str, image_size: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profile.costs, "measure", lambda _, inputs, outputs, threads: 1e-6 * (inputs + outputs))
+    monkeypatch.setattr(profile, "measure", lambda _, inputs, outputs, threads: 1e-6 * (inputs + outputs))
     monkeypatch.setattr(profile, "NETWORKS", 2)
     with pytest.raises(StageError, match=says):
         profile.profile(digits_by(backbone, image_size), tmp_path / "device.json")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import forgery
 import pytest
-from ledger import MODEL, Ledger
+from ledger import MODEL, Ledger, opened, production
 
-from flows import approval, rollback
-from flows.audit import audit
-from tasks.core import materials, paths, registry
+from flows.registry import materials
+from flows.registry.audit import ALL, audit
+from tasks.core import paths
 from tasks.core.errors import RegistryError
 
 
@@ -22,32 +22,32 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def holds(ledger: Ledger) -> bool:
-    return audit(ledger.root, MODEL, everything=True).findings == []
+    return audit(ledger.root, MODEL, ALL).findings == []
 
 
 def test_what_is_held_is_not_in_production_until_it_is_approved(ledger: Ledger) -> None:
-    assert registry.production(ledger.root, MODEL) is None
+    assert production(ledger.root) is None
     assert ledger.git("tag") == ""
-    assert registry.record(ledger.root, MODEL)[1] is False
-    decision = approval.approve(ledger.root, MODEL, "field test")
+    assert opened(ledger.root).record()[1] is False
+    decision = opened(ledger.root).approve("field test")
     assert (decision.outcome, decision.version, decision.replaces) == ("approved", "v0.1.0", None)
     assert (decision.reason, decision.by) == ("field test", "Ada <ada@example.org>")
-    assert registry.production(ledger.root, MODEL) == decision
+    assert production(ledger.root) == decision
     assert ledger.git("tag").split() == ["classifier#production#1", "classifier@v0.1.0"]
-    assert registry.record(ledger.root, MODEL) == (decision, False)
+    assert opened(ledger.root).record() == (decision, False)
     assert holds(ledger)
 
 
 def test_an_approved_version_is_the_next_champion_and_can_be_gone_back_to(ledger: Ledger) -> None:
-    first = approval.approve(ledger.root, MODEL, "good")
+    first = opened(ledger.root).approve("good")
     assert ledger.decide(2).outcome == "held"
     assert json.loads((ledger.root / paths.CHAMPION_RECORD).read_text())["version"] == first.version
     assert ledger.decide(3, wrong=90).outcome == "refused"
     with pytest.raises(RegistryError, match="the latest decision on classifier holds nothing"):
-        approval.approve(ledger.root, MODEL, "too late")
+        opened(ledger.root).approve("too late")
     assert ledger.decide(4).outcome == "held"
-    assert approval.approve(ledger.root, MODEL, "good").replaces == first.version
-    assert rollback.rollback(ledger.root, MODEL, None, "bad").version == first.version
+    assert opened(ledger.root).approve("good").replaces == first.version
+    assert opened(ledger.root).roll_back(None, "bad").version == first.version
     assert holds(ledger)
 
 
@@ -56,10 +56,10 @@ def test_what_does_not_hold_is_not_approved(ledger: Ledger) -> None:
     lock = (ledger.root / "dvc.lock").read_text()
     name = paths.weights("finetune")
 
-    md5 = next(out["md5"] for _, out in materials.locked(lock.encode()) if out["path"] == name.as_posix())
+    md5 = next(out["md5"] for _, out in materials.read_lock(lock.encode()) if out["path"] == name.as_posix())
     ledger.cached(md5).write_bytes(b"another")
     with pytest.raises(RegistryError, match=f"stays out of production: {name} of"):
-        approval.approve(ledger.root, MODEL, "good")
+        opened(ledger.root).approve("good")
     assert ledger.git("for-each-ref") == before
 
 
@@ -78,7 +78,7 @@ def test_the_audit_finds_a_promotion_that_went_without_its_approval(ledger: Ledg
         contents["decision.json"] = json.dumps(decision).encode()
 
     forgery.remake(ledger, {0: talk_round}, forgery.own(ledger))
-    found = audit(ledger.root, MODEL, everything=True).findings
+    found = audit(ledger.root, MODEL, ALL).findings
     assert any(one.file == "decision.json" and "gate.approval" in one.expected for one in found)
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from conftest import png
 from forgery import flip
-from ledger import BIN, FILES, MODEL, Ledger, call
+from ledger import BIN, FILES, MODEL, Ledger, call, opened
 
-from flows.audit import audit, summary
-from flows.rollback import rollback
-from tasks.core import keys, paths, registry
+from flows.registry import keys
+from flows.registry.audit import ALL, PRODUCTION, audit
+from flows.registry.findings import Finding, summarize
+from tasks.core import paths
 from tasks.core.errors import RegistryError
 
 SHIPPED = paths.onnx("reduce").as_posix()
@@ -43,9 +44,9 @@ def stranger(shared: Ledger, tmp_path: Path) -> Ledger:
 
 
 def test_what_is_as_it_was_has_no_finding(shared: Ledger) -> None:
-    report = audit(shared.root, MODEL, None, everything=False, remote="origin")
+    report = audit(shared.root, MODEL, PRODUCTION, "origin")
     assert (report.findings, report.decisions, report.audited) == ([], 3, [f"{MODEL}@v0.2.0"])
-    assert summary(report).startswith("everything holds: 3 decisions")
+    assert summarize(report).startswith("everything holds: 3 decisions")
 
 
 def test_a_stranger_can_audit_a_fresh_clone(stranger: Ledger) -> None:
@@ -59,7 +60,7 @@ def test_a_stranger_without_the_artifacts_is_told_which_are_missing(stranger: Le
     report = json.loads(stranger.weighin("audit", "--json", status=1))
     assert {path.as_posix() for path in FILES} < {one["file"] for one in report["findings"]}
     assert all("dvc fetch" in one["found"] for one in report["findings"])
-    assert set(report["findings"][0]) == {"decision", "file", "expected", "found"}
+    assert set(report["findings"][0]) == set(Finding._fields)
     call(stranger.root, str(BIN / "dvc"), "pull", "--quiet")
     stranger.weighin("audit", "v0.2.0", status=1)  # dvc.lock is that of the refusal
     call(stranger.root, str(BIN / "dvc"), "fetch", "--quiet", "--all-commits")
@@ -71,37 +72,37 @@ def test_findings_are_printed_with_what_was_expected_and_found(stranger: Ledger)
     said = stranger.weighin("audit", "--remote", status=1)
     assert "data/raw/cat/0.png" in said
     assert "expected SHA-256" in said
-    assert "\n1 findings in 3 decisions" in said
+    assert "\n1 finding in 3 decisions" in said
 
 
 def test_only_the_artifacts_of_the_version_are_read(shared: Ledger) -> None:
     for version in ("v0.1.0", "v0.2.0"):
-        assert audit(shared.root, MODEL, version, everything=False, remote=None).audited == [f"{MODEL}@{version}"]
+        assert audit(shared.root, MODEL, version, None).audited == [f"{MODEL}@{version}"]
 
 
 def test_unknown_versions_and_models_are_told(shared: Ledger) -> None:
     with pytest.raises(RegistryError, match=r"v0\.9\.0.*there are.*v0\.1\.0.*v0\.2\.0"):
-        audit(shared.root, MODEL, "v0.9.0", everything=False, remote=None)
+        audit(shared.root, MODEL, "v0.9.0", None)
     with pytest.raises(RegistryError, match=r"other.*v0\.1\.0.*there are.*none"):
-        audit(shared.root, "other", "v0.1.0", everything=False, remote=None)
+        audit(shared.root, "other", "v0.1.0", None)
 
 
 def test_without_a_registry_there_is_nothing_to_audit(tmp_path: Path) -> None:
     ledger = Ledger.begin(tmp_path / "project")
     with pytest.raises(RegistryError, match="nothing has been decided"):
-        audit(ledger.root, MODEL, None, everything=False, remote=None)
+        audit(ledger.root, MODEL, PRODUCTION, None)
 
 
 def test_models_share_a_branch(tmp_path: Path) -> None:
     ledger = Ledger.begin(tmp_path / "project")
     ledger.decide(1)
-    registry.record(ledger.root, "other", say=lambda _: None)
+    opened(ledger.root, "other").record()
     ledger.decide(2)
     for model, version in ((MODEL, "v0.2.0"), ("other", "v0.1.0")):
-        report = audit(ledger.root, model, None, everything=False, remote=None)
+        report = audit(ledger.root, model, PRODUCTION, None)
         assert (report.findings, report.audited) == ([], [f"{model}@{version}"])
     flip(ledger.root / SHIPPED)
-    assert [one.file for one in audit(ledger.root, MODEL, None, False, None).findings] == [SHIPPED]
+    assert [one.file for one in audit(ledger.root, MODEL, PRODUCTION, None).findings] == [SHIPPED]
 
 
 def test_what_the_old_key_signed_holds_after_a_rotation_and_no_more(tmp_path: Path) -> None:
@@ -111,17 +112,17 @@ def test_what_the_old_key_signed_holds_after_a_rotation_and_no_more(tmp_path: Pa
     keys.rotate(ledger.root, datetime.now(UTC))
     trusted = (ledger.root / keys.TRUSTED).read_bytes()
     ledger.decide(2)
-    assert audit(ledger.root, MODEL, None, True, None).findings == []
+    assert audit(ledger.root, MODEL, ALL, None).findings == []
     (ledger.root / keys.LOCAL).write_bytes(old)
     # The thief extends the old key, signs, and puts the file back as it was.
 
     (ledger.root / keys.TRUSTED).write_bytes(re.sub(rb',valid-before="\w+"', b"", trusted))
     ledger.decide(3)
-    extended = audit(ledger.root, MODEL, None, True, None).findings
+    extended = audit(ledger.root, MODEL, ALL, None).findings
     assert {one.file for one in extended} == {str(keys.TRUSTED)}
     assert {one.decision for one in extended} == {f"{MODEL}@v0.2.0"}
     (ledger.root / keys.TRUSTED).write_bytes(trusted)
-    found = audit(ledger.root, MODEL, None, True, None).findings
+    found = audit(ledger.root, MODEL, ALL, None).findings
     assert ("the commit's signature", f"{MODEL}@v0.3.0") in {(one.file, one.decision) for one in found}
     assert any("was not valid at" in one.found for one in found)
 
@@ -134,16 +135,16 @@ def test_a_key_that_ends_earlier_takes_what_it_signed_later_along(tmp_path: Path
     end = re.sub("[-:T]", "", decision.created)
     path = ledger.root / keys.TRUSTED
     path.write_text(path.read_text().replace('namespaces="git"', f'namespaces="git",valid-before="{end}"'))
-    findings = audit(ledger.root, MODEL, None, True, None).findings
+    findings = audit(ledger.root, MODEL, ALL, None).findings
     assert {(one.file, one.decision) for one in findings} == {("the commit's signature", f"{MODEL}@v0.3.0")}
 
 
 def test_an_artifact_that_decisions_share_is_hashed_once(tmp_path: Path) -> None:
     ledger = Ledger.begin(tmp_path / "project")
     ledger.decide(1, padding=1_000_000)
-    once = audit(ledger.root, MODEL, None, True, None)
+    once = audit(ledger.root, MODEL, ALL, None)
     ledger.decide(1, wrong=150, padding=1_000_000)  # the same weights, judged again
-    twice = audit(ledger.root, MODEL, None, True, None)
+    twice = audit(ledger.root, MODEL, ALL, None)
     assert once.bytes_hashed > 1_000_000
     assert once.bytes_hashed < twice.bytes_hashed < once.bytes_hashed + 500_000
 
@@ -155,7 +156,7 @@ def test_memory_does_not_grow_with_the_artifacts(tmp_path: Path) -> None:
     for seed, size in ((1, 64), (2, 64), (3, 64_000_000)):
         decision = ledger.decide(seed, padding=size)
         tracemalloc.start()
-        report = audit(ledger.root, MODEL, decision.version, False, "origin")
+        report = audit(ledger.root, MODEL, str(decision.version), "origin")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert report.findings == []
@@ -177,5 +178,5 @@ def test_new_data_and_a_rollback_are_no_tampering(tmp_path: Path) -> None:
     ledger.prepare()
     ledger.commit("New data")
     ledger.decide(2)
-    rollback(ledger.root, MODEL, None, "worse")
+    opened(ledger.root).roll_back(None, "worse")
     assert audit(ledger.root, MODEL).findings == []

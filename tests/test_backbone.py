@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import timm
@@ -17,10 +19,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
-from tasks.core import backbone, config, dataset, files, training
-from tasks.core.backbone import Spec
-from tasks.core.dataset import Preprocessing
+from tasks.core import config, files
 from tasks.core.errors import StageError
+from tasks.images.preprocessing import Preprocessing, preprocess
+from tasks.nets import backbone, training
+from tasks.nets.backbone import Spec
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ("cat", "dog", "fox")
@@ -124,7 +127,7 @@ def test_the_packaged_weights_know_imagenet_in_its_order(imagenet: nn.Module, ph
     """698 is a palace, 985 a daisy."""
     stream = io.BytesIO()
     Image.fromarray(load_sample_image(photograph)).save(stream, "PNG")
-    image = dataset.tensor(stream.getvalue(), backbone.preprocessing("tf_efficientnet_lite0", 224))
+    image = preprocess(stream.getvalue(), backbone.preprocessing("tf_efficientnet_lite0", 224))
     logits = imagenet(torch.from_numpy(image)[None])
     assert logits.shape == (1, 1000)
     assert torch.isfinite(logits).all()
@@ -133,7 +136,7 @@ def test_the_packaged_weights_know_imagenet_in_its_order(imagenet: nn.Module, ph
 
 def test_packaged_weights_under_a_new_head(imagenet: nn.Module) -> None:
     net = pretrained("tf_efficientnet_lite0", source="packaged")
-    assert net.get_submodule("classifier").weight.shape == (3, 1280)  # type: ignore[union-attr]
+    assert net.get_submodule("classifier").weight.shape == (3, 1280)
     assert same(net, imagenet, but="classifier.")
 
 
@@ -240,7 +243,8 @@ def test_random_weights_are_those_of_the_seed() -> None:
 
 HUB = """
 import sys
-from tasks.core import backbone, config
+from tasks.nets import backbone
+from tasks.core import config
 from tasks.core.errors import StageError
 values = config.load(backbone.Path(sys.argv[1]) / "params.yaml").finetune.model_dump()
 for name in ("test_resnet", "vit_tiny_patch16_224", "test_efficientnet"):
@@ -257,7 +261,7 @@ def test_weights_from_the_hub(tmp_path: Path) -> None:
     """timm's and the hub client's own code, on a cache as a download leaves it: one good, one absent, one damaged."""
     net = created("test_resnet", 64, classes=1000, seed=1)
     for name in ("test_resnet", "test_efficientnet"):
-        repository = timm.get_pretrained_cfg(name).hf_hub_id.replace("/", "--")
+        repository = timm.get_pretrained_cfg(name).hf_hub_id.replace("/", "--")  # type: ignore[union-attr]
         snapshot = tmp_path / f"models--{repository}/snapshots/0123"
         snapshot.mkdir(parents=True)
         (snapshot / "../../refs").mkdir()
@@ -316,7 +320,7 @@ def test_training_leaves_frozen_stages_as_they_are(tmp_path: Path, name: str) ->
     for index, stream in enumerate(images):
         Image.new("L", (32, 32), 20 * index).save(stream, "PNG")
     rows = {"image": [stream.getvalue() for stream in images], "label": list(CLASSES) * 4}
-    dataset.pq.write_table(dataset.pa.table(rows), tmp_path / "train.parquet")
+    pq.write_table(pa.table(rows), tmp_path / "train.parquet")
     split = training.Images(tmp_path / "train.parquet", backbone.preprocessing(name, 32), CLASSES)
     net, before = created(name), created(name).state_dict()
     backbone.freeze(net, 1)

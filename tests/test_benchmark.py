@@ -16,11 +16,15 @@ import zstandard
 from conftest import CLASSES, Network, Repository, png, write_split
 from onnx import helper, numpy_helper
 
-from tasks.benchmark import accuracy, answers, benchmark, golden, latencies, latency, weight
-from tasks.core import config, dataset, files, graph, session
+from tasks.benchmark import accuracy, answers, benchmark, golden_of, latencies, latency, weight
+from tasks.core import config, files
 from tasks.core.errors import StageError
-from tasks.core.probe import meet, probe
+from tasks.graphs import graph
+from tasks.graphs.optimized import optimize
+from tasks.images.preprocessing import preprocess
 from tasks.reduce import reduce
+from tasks.runtime import session
+from tasks.runtime.probe import meet, probe
 
 Networks = Callable[[str], Network]
 PROFILE = config.Benchmark(threads=1, warmup=10, iterations=25)
@@ -51,7 +55,7 @@ def test_split(tmp_path: Path) -> Path:
 
 def test_the_report_has_every_field_of_every_stage(networks: Networks, test_split: Path, tmp_path: Path) -> None:
     made = models(networks, tmp_path)
-    report, _ = benchmark(made, None, test_split, PROFILE, CLASSES)
+    report = benchmark(made, None, test_split, PROFILE, CLASSES)[0].model_dump()
     assert report["champion"] is None
     json.dumps(report, allow_nan=False)
     assert report["profile"] == PROFILE.model_dump()
@@ -75,7 +79,7 @@ def test_accuracy_is_that_of_numpy(networks: Networks, test_split: Path) -> None
     network = networks("lenet-5")
     named = answers(network.path, test_split, threads=1)
     found = accuracy([CLASSES[index % 4] for index in range(130)], named, CLASSES)
-    images = np.stack([dataset.tensor(png(seed, 28), network.preprocessing) for seed in range(130)])
+    images = np.stack([preprocess(png(seed, 28), network.preprocessing) for seed in range(130)])
     predicted = session.logits(session.open_session(network.path, 1), images).argmax(1)
     assert named == [CLASSES[code] for code in predicted]
     labels = np.arange(130) % 4
@@ -108,7 +112,7 @@ def test_weight_counts_bytes_parameters_and_operators(networks: Networks, tmp_pa
     assert (found["params"], found["nonzero_params"]) == graph.parameters(model)
     assert found["sparsity"] == pytest.approx(1 - found["nonzero_params"] / found["params"])
     assert found["macs"] == graph.macs(model)
-    assert found["operators"] == Counter(node.op_type for node in session.optimized(path).graph.node)
+    assert found["operators"] == Counter(node.op_type for node in optimize(path).graph.node)
 
 
 def test_every_model_is_timed_as_often_as_asked(networks: Networks, tmp_path: Path) -> None:
@@ -118,7 +122,7 @@ def test_every_model_is_timed_as_often_as_asked(networks: Networks, tmp_path: Pa
 
 
 def test_percentiles_and_throughput() -> None:
-    found = latency(np.arange(1, 102, dtype=np.float64))
+    found = latency(np.arange(1, 102, dtype=np.float64)).model_dump()
     assert found == {
         "latency_p50_ms": 51,
         "latency_p90_ms": 91,
@@ -237,7 +241,8 @@ def test_a_champion_with_its_classes_in_another_order_answers_the_same(
     made, network = models(networks, tmp_path), networks("lenet-5")
     order = (2, 0, 3, 1)
     champion = renamed(network, tmp_path / "champion.onnx", tuple(CLASSES[code] for code in order), order)
-    report, table = benchmark(made, champion, test_split, PROFILE, CLASSES)
+    found, table = benchmark(made, champion, test_split, PROFILE, CLASSES)
+    report = found.model_dump()
     assert list(report["stages"]) == list(made)
     assert set(report["champion"]) == FIELDS
     assert report["champion"]["sha256"] == files.sha256(champion)
@@ -254,7 +259,8 @@ def test_a_champion_with_another_input_and_another_class(networks: Networks, tes
     """mobilenetv2 takes 32 pixels and colours, and what it calls emu is no class any more."""
     known = ("cat", "emu", "owl", "fox")
     champion = renamed(networks("mobilenetv2_050"), tmp_path / "champion.onnx", known)
-    report, table = benchmark(models(networks, tmp_path), champion, test_split, PROFILE, CLASSES)
+    found, table = benchmark(models(networks, tmp_path), champion, test_split, PROFILE, CLASSES)
+    report = found.model_dump()
     said = column(table, "champion")
     right = [actual == answer for actual, answer in zip(column(table, "actual"), said, strict=True)]
     assert set(said) <= set(known)
@@ -285,7 +291,7 @@ MET = {"difference": 0.0, "same_top1": True, "repeatable": True}
 
 
 def recorded(model: Path, test: Path, path: Path, **changes: np.ndarray[Any, Any]) -> Path:
-    np.savez_compressed(path, **{**golden(model, test, 1), **changes})  # type: ignore[arg-type]
+    np.savez_compressed(path, **{**golden_of(model, test, 1), **changes})  # type: ignore[arg-type]
     return path
 
 
@@ -295,12 +301,12 @@ def test_golden_outputs_are_finite_and_met_in_a_fresh_process(networks: Networks
     network, model = networks(name), tmp_path / "model.onnx"
     onnx.save(reduce(network.quantized)[0], model)
     write_split(tmp_path / "test.parquet", [png(seed) for seed in range(9)])
-    found = golden(model, tmp_path / "test.parquet", 1)
+    found = golden_of(model, tmp_path / "test.parquet", 1)
     assert {name: len(found[f"{name}.input"]) for name in CASES} == CASES
     assert len(found) == 2 * len(CASES)
     assert all(values.dtype == np.float32 and np.isfinite(values).all() for values in found.values())
     assert all(found[f"{name}.output"].shape == (size, 4) for name, size in CASES.items())
-    first = np.stack([dataset.tensor(png(seed), network.preprocessing) for seed in range(7)])
+    first = np.stack([preprocess(png(seed), network.preprocessing) for seed in range(7)])
     assert np.array_equal(found["batch-7.input"], first)
     assert np.array_equal(found["batch-3.input"], first[:3])
     assert np.abs(found["huge.input"]).max() > 1e37
@@ -332,7 +338,7 @@ def test_a_model_with_one_changed_weight_does_not_meet(recording: tuple[Path, Pa
 
 def test_another_output_is_told_by_its_case(recording: tuple[Path, Path], test_split: Path, tmp_path: Path) -> None:
     model, _ = recording
-    outputs = golden(model, test_split, 1)
+    outputs = golden_of(model, test_split, 1)
     near = outputs["noise.output"].copy()
     near[1, near[1].argmin()] -= 0.25
     other = outputs["zeros.output"].copy()
@@ -423,7 +429,7 @@ def prepared(repository: Repository, made: dict[str, Path]) -> None:
     repository.params(benchmark=PROFILE.model_dump())
     for stage, path in made.items():
         repository.model(stage).write_bytes(path.read_bytes())
-    packed(repository).write_bytes(files.packed(made["reduce"].read_bytes()))
+    packed(repository).write_bytes(files.pack(made["reduce"].read_bytes()))
     repository.split("test", [png(seed, 28) for seed in range(30)])
 
 
@@ -512,7 +518,7 @@ def test_the_stage_refuses_another_model_as_the_packed_one(
     repository: Repository, networks: Networks, tmp_path: Path
 ) -> None:
     prepared(repository, models(networks, tmp_path))
-    packed(repository).write_bytes(files.packed(networks("mlp").quantized.SerializeToString()))
+    packed(repository).write_bytes(files.pack(networks("mlp").quantized.SerializeToString()))
     said = "data/models/reduce/model.onnx.zst does not unpack to data/models/reduce/model.onnx: run reduce again"
     assert repository.sentence("benchmark") == said
     packed(repository).write_bytes(b"no frame")

@@ -14,10 +14,12 @@ import zstandard
 from conftest import CALIBRATION, CLASSES, Network
 from onnx import helper, numpy_helper
 
-from tasks.core import backbone, graph
-from tasks.core.codebook import apply, cluster
-from tasks.core.export import export
-from tasks.quantize import float_layers, quantize
+from tasks.graphs import graph
+from tasks.graphs.calibration import quantize
+from tasks.graphs.codebook import apply, cluster
+from tasks.graphs.optimized import float_layers
+from tasks.nets import backbone
+from tasks.nets.export import export
 from tasks.reduce import reduce
 
 NAMES = ("mlp", "lenet-5", "mobilenetv2_050")
@@ -223,7 +225,7 @@ def tied(biased: bool) -> onnx.ModelProto:
         helper.make_node("Gemm", ["d1", "wf", *bias], ["logits"]),
     ]
     ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 4]) for name in ("image", "logits")]
-    stored = [numpy_helper.from_array(values, name) for name, values in constants.items()]
+    stored = [numpy_helper.from_array(values, name) for name, values in constants.items()]  # type: ignore[arg-type]
     made = helper.make_graph(nodes, "tied", ends[:1], ends[1:], stored)
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 

@@ -8,8 +8,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
-from tasks.core.comparison import difference, lower_bound, proportion
 from tasks.core.errors import WeighinError
+from tasks.core.noninferiority import difference, lower_bound, proportion
 
 STEP = 1e-6  # bounds are rounded outwards to it
 

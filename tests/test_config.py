@@ -251,13 +251,13 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_keys_of_sections_that_are_null_are_explained_too(tmp_path: Path) -> None:
-    shown = {name: (value, bounds) for name, value, bounds, _ in config.explained(config.load(SHIPPED))}
+    shown = {name: (value, bounds) for name, value, bounds, _ in config.explain(config.load(SHIPPED))}
     assert shown["prune.blocks"] == ("null", "")
     assert shown["prune.blocks.threshold"] == ("", "> 0, < 1")
     assert shown["prune.blocks.remove"] == ("", ">= 1")
     assert shown["quantize.factor"] == ("null", ">= 1e-06, <= 1e+06")
     given = config.load(changed(tmp_path, "blocks: null", "blocks: {threshold: 0.3}"))
-    shown = {name: (value, bounds) for name, value, bounds, _ in config.explained(given)}
+    shown = {name: (value, bounds) for name, value, bounds, _ in config.explain(given)}
     assert shown["prune.blocks.threshold"] == ("0.3", "> 0, < 1")
     assert "prune.blocks" not in shown
 
@@ -269,7 +269,7 @@ def test_slices_by_columns_that_ingest_carries(tmp_path: Path) -> None:
     assert params.ingest.columns == ("site", "device")
     assert list(params.gate.slices) == ["label", "device"]
     assert params.gate.slices["label"] == config.Slice(min_count=30, min_top1=0.6, max_regression=None)
-    shown = {name: (value, bounds) for name, value, bounds, _ in config.explained(params)}
+    shown = {name: (value, bounds) for name, value, bounds, _ in config.explain(params)}
     assert shown["gate.slices.device.min_top1"] == ("0.5", ">= 0, <= 1")
     assert shown["gate.slices.label.max_regression"] == ("null", ">= 0, <= 1")
     assert shown["ingest.columns"][0] == "site, device"

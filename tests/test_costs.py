@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from conftest import Network
 
-from tasks.core import costs
-from tasks.core.costs import Operator
+from flows import profile
+from tasks.budget import costs
+from tasks.budget.costs import Operator
 from tasks.core.errors import StageError
 from tasks.reduce import reduce
 
@@ -55,9 +56,9 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_what_whole_networks_take_beside_their_layers_goes_by_bytes() -> None:
     """Straight between the measured ones, and level beyond them."""
     table = TABLE | {(costs.NETWORK, 3000, 3000): 0.5, (costs.NETWORK, 1000, 1000): -0.1}
-    found = np.interp([10, 1000, 2000, 3000, 1e9], *costs.beside(table))
+    found = np.interp([10, 1000, 2000, 3000, 1e9], *costs.overhead_curve(table))
     assert found.tolist() == pytest.approx([-0.1, -0.1, 0.2, 0.5, 0.5])
-    assert np.interp(5.0, *costs.beside(TABLE)) == 0
+    assert np.interp(5.0, *costs.overhead_curve(TABLE)) == 0
 
 
 def test_a_table_of_other_threads_is_told_in_a_sentence(tmp_path: Path) -> None:
@@ -99,13 +100,13 @@ def test_a_file_that_is_no_table_is_told_in_a_sentence(content: str, tmp_path: P
     ],
 )
 def test_every_kind_of_layer_runs_in_onnx_runtime(operator: Operator, inputs: int, outputs: int) -> None:
-    assert costs.measure(operator, inputs, outputs, threads=1) >= 0
+    assert profile.measure(operator, inputs, outputs, threads=1) >= 0
     assert costs.size_bytes(operator, inputs, outputs) > 0
 
 
-@pytest.mark.parametrize("kind", costs.FRONTS)
+@pytest.mark.parametrize("kind", costs.FLOAT_STEMS)
 def test_both_forms_of_a_front_run_in_onnx_runtime(kind: costs.Kind) -> None:
-    assert abs(costs.measure(Operator(kind, 3, 2, 64, 64), 3, 16, threads=1)) < 100
+    assert abs(profile.measure(Operator(kind, 3, 2, 64, 64), 3, 16, threads=1)) < 100
 
 
 @pytest.mark.parametrize(("kind", "weights"), [("front", 3 * 9), ("front depthwise", 3 * 9 + 9)])
@@ -139,5 +140,5 @@ def test_bytes_foretell_the_reduced_file(name: str, networks: Callable[[str], Ne
 
 
 def test_much_more_work_takes_longer() -> None:
-    small, large = (costs.measure(Operator("conv", 3, 1, 32, 32), width, width, threads=1) for width in (16, 256))
+    small, large = (profile.measure(Operator("conv", 3, 1, 32, 32), width, width, threads=1) for width in (16, 256))
     assert large > 5 * small  # 256 times the arithmetic

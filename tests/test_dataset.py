@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tasks.core import dataset
-from tasks.core.dataset import Preprocessing
 from tasks.core.errors import StageError
+from tasks.images import splits
+from tasks.images.preprocessing import Preprocessing, preprocess
 
 GREY = Preprocessing(size=8, channels=1, mean=(0.0,), std=(1.0,))
 RGB = Preprocessing(size=8, channels=3, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 2.0))
@@ -38,8 +39,8 @@ def parquet(path: Path, labels: list[str]) -> Path:
 
 def test_pixels_are_normalised_by_channel() -> None:
     pixels = noise(8, 8, 3)
-    found = dataset.tensor(png(pixels), RGB)
-    assert (found.shape, found.dtype) == (RGB.shape, np.float32) == ((3, 8, 8), np.float32)
+    found = preprocess(png(pixels), RGB)
+    assert (found.shape, found.dtype) == (RGB.shape, np.float32) == ((3, 8, 8), np.float32)  # type: ignore[comparison-overlap]
     assert found.flags.c_contiguous
     for channel, (mean, std) in enumerate(((0.5, 0.5), (0.25, 0.25), (0.0, 2.0))):
         expected = (pixels[:, :, channel].astype(np.float64) / 255 - mean) / std
@@ -48,39 +49,39 @@ def test_pixels_are_normalised_by_channel() -> None:
 
 def test_grey_pixels() -> None:
     pixels = noise(8, 8)
-    found = dataset.tensor(png(pixels), GREY)
+    found = preprocess(png(pixels), GREY)
     assert found.shape == (1, 8, 8)
     np.testing.assert_allclose(found[0], pixels / 255, rtol=1e-6)
 
 
 def test_a_grey_image_for_a_colour_network_has_three_equal_channels() -> None:
     pixels = noise(8, 8)
-    found = dataset.tensor(png(pixels), RGB.model_copy(update={"mean": (0.0,) * 3, "std": (1.0,) * 3}))
+    found = preprocess(png(pixels), replace(RGB, mean=(0.0,) * 3, std=(1.0,) * 3))
     for channel in found:
         np.testing.assert_allclose(channel, pixels / 255, rtol=1e-6)
 
 
 def test_a_colour_image_for_a_grey_network_is_luminance() -> None:
     pixels = noise(8, 8, 3)
-    found = dataset.tensor(png(pixels), GREY)
+    found = preprocess(png(pixels), GREY)
     np.testing.assert_allclose(found[0], pixels @ [0.299, 0.587, 0.114] / 255, atol=1 / 255)
 
 
 def test_transparency_is_left_out() -> None:
     pixels = noise(8, 8, 4)
-    assert np.array_equal(dataset.tensor(png(pixels), RGB), dataset.tensor(png(pixels[:, :, :3]), RGB))
+    assert np.array_equal(preprocess(png(pixels), RGB), preprocess(png(pixels[:, :, :3]), RGB))
 
 
 @pytest.mark.parametrize(("shape", "cut"), [((8, 16), np.s_[:, 4:12]), ((16, 8), np.s_[4:12, :])])
 def test_the_central_square_is_cut(shape: tuple[int, int], cut: Any) -> None:
     pixels = noise(*shape)
-    np.testing.assert_allclose(dataset.tensor(png(pixels), GREY)[0], pixels[cut] / 255, rtol=1e-6)
+    np.testing.assert_allclose(preprocess(png(pixels), GREY)[0], pixels[cut] / 255, rtol=1e-6)
 
 
 def test_scaling_is_bilinear_over_all_the_pixels() -> None:
     """Half the size: pixel i is (p[2i-1] + 3 p[2i] + 3 p[2i+1] + p[2i+2]) / 8, the triangle's weights."""
     row = np.random.default_rng(1).integers(0, 256, 16).astype(np.uint8)
-    found = dataset.tensor(png(np.tile(row, (16, 1))), GREY)[0] * 255
+    found = preprocess(png(np.tile(row, (16, 1))), GREY)[0] * 255
     p = row.astype(np.float64)
     inner = [(p[2 * i - 1] + 3 * p[2 * i] + 3 * p[2 * i + 1] + p[2 * i + 2]) / 8 for i in range(1, 7)]
     np.testing.assert_allclose(found[:, 1:7], np.tile(inner, (8, 1)), atol=0.51)
@@ -91,18 +92,18 @@ def test_exif_orientation_is_applied(orientation: int, turn: int) -> None:
     upright, exif = noise(8, 8), Image.Exif()
     exif[0x0112] = orientation
     stored = np.rot90(upright, turn)
-    assert np.array_equal(dataset.tensor(png(stored, exif=exif), GREY), dataset.tensor(png(upright), GREY))
+    assert np.array_equal(preprocess(png(stored, exif=exif), GREY), preprocess(png(upright), GREY))
 
 
 def test_labels_become_numbers_in_the_order_of_the_classes(tmp_path: Path) -> None:
-    images, labels = dataset.read(parquet(tmp_path / "train.parquet", ["b", "a", "c", "b"]), ("c", "b", "a"))
+    images, labels = splits.read(parquet(tmp_path / "train.parquet", ["b", "a", "c", "b"]), ("c", "b", "a"))
     assert labels == [1, 2, 0, 1]
     assert [int(np.asarray(Image.open(io.BytesIO(image)))[0, 0]) for image in images] == [0, 1, 2, 3]
 
 
 def test_batches_are_the_split_in_order(tmp_path: Path) -> None:
     path = parquet(tmp_path / "val.parquet", ["a", "b", "b", "a", "b"])
-    found = list(dataset.batches(path, GREY, ("a", "b"), size=2))
+    found = list(splits.batches(path, GREY, ("a", "b"), size=2))
     assert [(batch.shape, batch.dtype.name) for batch, _ in found] == [
         ((2, 1, 8, 8), "float32"),
         ((2, 1, 8, 8), "float32"),
@@ -114,13 +115,13 @@ def test_batches_are_the_split_in_order(tmp_path: Path) -> None:
 
 def test_images_are_those_of_the_batches_whatever_their_labels(tmp_path: Path) -> None:
     path = parquet(tmp_path / "val.parquet", ["a", "z", "b", "a", "b"])
-    found = list(dataset.images(path, GREY, size=2))
+    found = list(splits.images(path, GREY, size=2))
     assert [(batch.shape, batch.dtype.name) for batch in found] == [
         ((2, 1, 8, 8), "float32"),
         ((2, 1, 8, 8), "float32"),
         ((1, 1, 8, 8), "float32"),
     ]
-    labelled = list(dataset.batches(path, GREY, ("a", "b", "z"), size=2))
+    labelled = list(splits.batches(path, GREY, ("a", "b", "z"), size=2))
     assert all(np.array_equal(one, other) for one, (other, _) in zip(found, labelled, strict=True))
 
 
@@ -128,16 +129,16 @@ def test_columns_are_labels_and_what_ingest_carried(tmp_path: Path) -> None:
     path = tmp_path / "test.parquet"
     content = {"image": [b""] * 3, "label": ["b", "a", "b"], "path": ["x"] * 3, "sha256": ["0"] * 3}
     pq.write_table(pa.table(content), path)
-    assert dataset.columns(path, ("a", "b")) == (["b", "a", "b"], {})
+    assert splits.columns(path, ("a", "b")) == (["b", "a", "b"], {})
     pq.write_table(pa.table(content | {"site": ["s", None, ""], "device": ["1", "2", "3"]}), path)
-    labels, columns = dataset.columns(path, ("a", "b"))
+    labels, columns = splits.columns(path, ("a", "b"))
     assert (labels, list(columns.items())) == (
         ["b", "a", "b"],
         [("site", ["s", "", ""]), ("device", ["1", "2", "3"])],
     )
 
 
-@pytest.mark.parametrize("read", [dataset.read, dataset.columns])
+@pytest.mark.parametrize("read", [splits.read, splits.columns])
 def test_a_label_that_is_no_class(tmp_path: Path, read: Callable[[Path, tuple[str, ...]], object]) -> None:
     path = parquet(tmp_path / "train.parquet", ["a", "z", "y"])
     with pytest.raises(StageError) as caught:
@@ -146,9 +147,9 @@ def test_a_label_that_is_no_class(tmp_path: Path, read: Callable[[Path, tuple[st
 
 
 READERS: list[Callable[[Path], object]] = [
-    lambda path: dataset.read(path, ("a", "b")),
-    lambda path: dataset.columns(path, ("a", "b")),
-    lambda path: next(dataset.images(path, GREY, 2)),
+    lambda path: splits.read(path, ("a", "b")),
+    lambda path: splits.columns(path, ("a", "b")),
+    lambda path: next(splits.images(path, GREY, 2)),
 ]
 
 

@@ -20,10 +20,16 @@ from in_toto_attestation.v1 import statement_pb2
 from in_toto_attestation.v1.statement import Statement
 from packageurl import PackageURL
 
-from tasks.core import config, documents, paths
+from flows.registry import provenance as origin
+from flows.registry.bom import bill_of_materials
+from flows.registry.card import model_card
+from flows.registry.decision import Benchmark, Code, Decision, Metrics
+from flows.registry.environment import describe_environment
+from flows.registry.materials import Material, Materials
+from flows.registry.parameters import Recorded
+from tasks.core import config, paths
 from tasks.core.errors import RegistryError
-from tasks.core.materials import Material, Materials
-from tasks.core.registry import Check, Code, Decision
+from tasks.gate import Check
 
 PARAMS = config.load(Path(__file__).parents[1] / "params.yaml")
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -54,8 +60,8 @@ CHECKS = (
     Check(name="top1", value=0.912345678, operator=">=", limit=0.895, passed=True),
     Check(name="slice", where="site=a|b", value=None, operator=">=", limit=0.6, passed=False),
 )
-METRICS = documents.Metrics(top1=0.9125, size_bytes=1_112_345, latency_p50_ms=0.2625)
-STAGES = documents.Benchmark(stages={"finetune": METRICS, "reduce": METRICS})
+METRICS = Metrics(top1=0.9125, size_bytes=1_112_345, latency_p50_ms=0.2625)
+STAGES = Benchmark(stages={"finetune": METRICS, "reduce": METRICS})
 COMPARED = STAGES.model_copy(update={"champion": METRICS.model_copy(update={"top1": 0.875})})
 OUTPUTS = (
     Material(path="data/prepared/sources.json", stage="ingest", md5="1" * 32, sha256=C, size_bytes=12),
@@ -89,14 +95,23 @@ def params(**weights: Any) -> config.Params:
     return config.Params.model_validate(content)
 
 
+def recorded(given: config.Params) -> Recorded:
+    content = given.model_dump(mode="json", by_alias=True)
+    return Recorded.model_validate({**content, "content": content})
+
+
+def card_of(decision: Decision, checks: Any, benchmark: Benchmark, given: config.Params) -> str:
+    return model_card(decision, checks, benchmark, recorded(given))
+
+
 def provenance(decision: Decision = DECISION, **changes: Any) -> Any:
     """A provenance of materials changed so, as it is read back from its file."""
-    made = documents.provenance(decision, PARAMS, MADE_OF._replace(**changes), ENVIRONMENT)
+    made = origin.provenance(decision, PARAMS, MADE_OF._replace(**changes), ENVIRONMENT)
     return json.loads(json.dumps(made))
 
 
-def bom(decision: Decision = DECISION, given: config.Params = PARAMS, of: documents.Benchmark = COMPARED) -> Any:
-    return json.loads(json.dumps(documents.bom(decision, given, of, ENVIRONMENT)))
+def bom(decision: Decision = DECISION, given: config.Params = PARAMS, of: Benchmark = COMPARED) -> Any:
+    return json.loads(json.dumps(bill_of_materials(decision, recorded(given), of, ENVIRONMENT)))
 
 
 def cells(card: str, name: str) -> list[str]:
@@ -106,7 +121,7 @@ def cells(card: str, name: str) -> list[str]:
 
 
 def test_the_card_tells_a_promotion() -> None:
-    card = documents.card(DECISION, CHECKS, COMPARED, PARAMS)
+    card = card_of(DECISION, CHECKS, COMPARED, PARAMS)
     assert card.startswith("# classifier v0.2.0\n")
     assert "Promoted on 2026-03-04T05:06:07Z by `Ada <ada@example.org>`, in place of v0.1.0." in card
     assert cells(card, "reduce") == ["reduce", "91.25%", "1,112,345 B", "0.263 ms"]
@@ -114,7 +129,7 @@ def test_the_card_tells_a_promotion() -> None:
     assert [line.split()[1] for line in card.splitlines() if line.endswith(" ms |")] == [
         *("finetune", "reduce", "champion"),
     ]
-    for word in (DECISION.signer, A, B, "d" * 64, "e" * 64, "f" * 64, "2" * 40, "64x64", "ankle-boot"):
+    for word in (str(DECISION.signer), A, B, "d" * 64, "e" * 64, "f" * 64, "2" * 40, "64x64", "ankle-boot"):
         assert word in card
     for word in ("no champion", "traded", "Reason", "Failed", "not committed"):
         assert word not in card
@@ -122,7 +137,7 @@ def test_the_card_tells_a_promotion() -> None:
 
 def test_the_card_tells_a_refusal() -> None:
     dirty = REFUSED.model_copy(update={"code": Code(commit="2" * 40, dirty=True)})
-    card = documents.card(dirty, CHECKS, STAGES, PARAMS)
+    card = card_of(dirty, CHECKS, STAGES, PARAMS)
     assert card.startswith("# classifier (refused)\n")
     assert "Failed checks: size." in card
     assert "with changes that are not committed" in card
@@ -130,26 +145,24 @@ def test_the_card_tells_a_refusal() -> None:
 
 
 def test_the_card_tells_a_rollback_with_its_reason_on_one_line() -> None:
-    card = documents.card(BACK, CHECKS, STAGES, PARAMS)
+    card = card_of(BACK, CHECKS, STAGES, PARAMS)
     assert "Rolled-back on 2026-03-04T05:06:07Z by `Ada" in card
     assert r"Reason: wrong on # night \| images" in card.splitlines()
 
 
 def test_the_card_says_plainly_that_there_was_no_champion_or_that_accuracy_was_traded() -> None:
-    assert "There was no champion" in documents.card(
-        DECISION.model_copy(update={"bootstrap": True}), CHECKS, STAGES, PARAMS
-    )
+    assert "There was no champion" in card_of(DECISION.model_copy(update={"bootstrap": True}), CHECKS, STAGES, PARAMS)
     content = PARAMS.model_dump(by_alias=True)
     content["gate"]["champion"]["trade"] = {"margin": 0.03, "min_times_smaller": 2}
     traded = DECISION.model_copy(update={"traded": True})
-    card = documents.card(traded, CHECKS, COMPARED, config.Params.model_validate(content))
+    card = card_of(traded, CHECKS, COMPARED, config.Params.model_validate(content))
     assert "Accuracy was traded" in card
     assert "0.03" in card
 
 
 def test_what_others_named_does_not_break_the_card() -> None:
     odd = (Check(name="slice", where="<b>x`|\n# [y](z)", value="a\\|b", operator="==", limit="q", passed=False),)
-    card = documents.card(DECISION, (*odd, *CHECKS), STAGES, PARAMS)
+    card = card_of(DECISION, (*odd, *CHECKS), STAGES, PARAMS)
     assert cells(card, "slice") == ["slice", r"\<b>x\`\| # \[y\](z)", r"a\\\|b", "==", "q", "no"]
     rows = [line for line in card.splitlines() if line.startswith("| slice")]
     assert rows[1].split(" | ")[1:3] == [r"site=a\|b", "missing"]
@@ -161,7 +174,7 @@ def test_what_others_named_does_not_break_the_card() -> None:
 def test_the_environment_is_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    found = documents.environment()
+    found = describe_environment()
     assert found["python"] == {"version": platform.python_version(), "implementation": "CPython"}
     assert found["platform"]["machine"] == platform.machine()
     assert found["cores"] == {"present": os.cpu_count(), "usable": len(os.sched_getaffinity(0))}
@@ -171,7 +184,7 @@ def test_the_environment_is_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("torch", "weighin", "ruamel.yaml"):
         assert f"{name}=={importlib.metadata.version(name)}" in found["packages"]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", one) for one in found["packages"])
-    assert found == json.loads(json.dumps(documents.environment()))
+    assert found == json.loads(json.dumps(describe_environment()))
 
 
 def test_a_package_has_its_version_only_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,13 +196,13 @@ def test_a_package_has_its_version_only_and_once(tmp_path: Path, monkeypatch: py
             (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     monkeypatch.syspath_prepend(str(tmp_path / "second"))
     monkeypatch.syspath_prepend(str(tmp_path / "first"))
-    packages = documents.environment()["packages"]
+    packages = describe_environment()["packages"]
     assert [one for one in packages if "odd" in one.lower() or "gone" in one] == ["Odd_Name==1.0"]
 
 
 def test_nothing_personal_is_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "very-secret")
-    text = json.dumps(documents.environment())
+    text = json.dumps(describe_environment())
     words = {value for key, value in os.environ.items() if key in ("HOME", "USER", "LOGNAME", "VIRTUAL_ENV")}
     words |= {socket.gethostname(), platform.node(), getpass.getuser(), str(Path.cwd()), "very-secret"}
     # A short name such as "root" may be a part of a package's: it must not stand alone.
@@ -287,7 +300,7 @@ def test_the_provenance_names_every_input() -> None:
     ]
     unknown = provenance(DECISION.model_copy(update={"code": Code(commit=None, dirty=True)}))
     assert json_format.ParseDict(unknown["predicate"], provenance_pb2.Provenance())
-    assert documents.materials_of(unknown) == MADE_OF
+    assert origin.materials_of(unknown) == MADE_OF
 
 
 @pytest.mark.parametrize(
@@ -302,7 +315,7 @@ def test_the_provenance_names_every_input() -> None:
 )
 def test_materials_come_back_as_they_went_in(weights: dict[str, str], names: list[str]) -> None:
     made = provenance(weights=weights)
-    assert documents.materials_of(made) == MADE_OF._replace(weights=weights)
+    assert origin.materials_of(made) == MADE_OF._replace(weights=weights)
     named = made["predicate"]["buildDefinition"]["resolvedDependencies"]
     assert [one["name"] for one in named if one["annotations"]["kind"] == "weights"] == names
 
@@ -314,14 +327,14 @@ def test_of_many_sources_only_the_listing_is_named() -> None:
     assert [(one["name"], one["digest"]["sha256"]) for one in named if one["annotations"]["kind"] == "sources"] == [
         ("data/prepared/sources.json", C)
     ]
-    assert documents.materials_of(made) == MADE_OF._replace(sources={})
+    assert origin.materials_of(made) == MADE_OF._replace(sources={})
     with pytest.raises(RegistryError, match=r"dvc\.lock does not name data/prepared/sources\.json"):
         provenance(sources=many, outputs=OUTPUTS[1:])
     del many["images/0.png"]
-    assert documents.materials_of(provenance(sources=many, outputs=())).sources == many
+    assert origin.materials_of(provenance(sources=many, outputs=())).sources == many
     made["predicate"]["runDetails"]["byproducts"][0]["digest"]["sha256"] = A
     with pytest.raises(RegistryError, match=r"^provenance\.json is malformed: the listing of the sources"):
-        documents.materials_of(made)
+        origin.materials_of(made)
 
 
 def start(made: Any) -> Any:
@@ -383,7 +396,7 @@ def test_an_odd_provenance_is_refused(change: Callable[[Any], None], said: str) 
     made = provenance()
     change(made)
     with pytest.raises(RegistryError, match=r"^provenance\.json is malformed: ") as caught:
-        documents.materials_of(made)
+        origin.materials_of(made)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -391,7 +404,7 @@ def test_an_odd_provenance_is_refused(change: Callable[[Any], None], said: str) 
 @pytest.mark.parametrize("odd", [None, [], {}, "text", 7, True, [[]], {"_type": None}])
 def test_what_is_no_statement_is_refused(odd: Any) -> None:
     with pytest.raises(RegistryError, match=r"^provenance\.json is malformed: "):
-        documents.materials_of(odd)
+        origin.materials_of(odd)
 
 
 @pytest.mark.parametrize(
@@ -411,5 +424,5 @@ def test_odd_inputs_are_refused(kind: str, name: str, digest: dict[str, str], sa
     extra = {"name": name, "digest": digest, "annotations": {"kind": kind}}
     made["predicate"]["buildDefinition"]["resolvedDependencies"].append(extra)
     with pytest.raises(RegistryError, match=r"^provenance\.json is malformed: ") as caught:
-        documents.materials_of(made)
+        origin.materials_of(made)
     assert said in str(caught.value)

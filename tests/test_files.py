@@ -214,10 +214,10 @@ def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
 
 def test_what_was_packed_comes_back_and_nothing_may_lie_behind_it(tmp_path: Path) -> None:
     path, data = tmp_path / "model.onnx.zst", b"model" * 100
-    files.write_bytes(path, files.packed(data))
-    assert len(files.packed(data)) < len(data)
-    assert files.unpacked(path) == data
-    for more in (files.packed(b"another frame"), b"junk"):
-        path.write_bytes(files.packed(data) + more)
+    files.write_bytes(path, files.pack(data))
+    assert len(files.pack(data)) < len(data)
+    assert files.unpack(path) == data
+    for more in (files.pack(b"another frame"), b"junk"):
+        path.write_bytes(files.pack(data) + more)
         with pytest.raises(WeighinError, match="does not unpack as Zstandard"):
-            files.unpacked(path)
+            files.unpack(path)

@@ -23,9 +23,11 @@ from ruamel.yaml import YAML
 from sklearn.datasets import load_digits
 
 from tasks import finetune
-from tasks.core import backbone, config, dataset, files
-from tasks.core.backbone import Spec
+from tasks.core import config, files
 from tasks.core.errors import StageError, WeighinError
+from tasks.images import splits
+from tasks.nets import backbone
+from tasks.nets.backbone import Spec
 
 ROOT = Path(__file__).parents[1]
 CLASSES = tuple("0123456789")
@@ -116,7 +118,7 @@ def test_the_onnx_file_computes_what_the_network_does(undisturbed: Path) -> None
     net, spec = backbone.load(model / "model.safetensors", model / "model.json")
     session = onnxruntime.InferenceSession(model / "model.onnx")
     val = undisturbed / "data/prepared/val.parquet"
-    (images, labels), *more = dataset.batches(val, spec.preprocessing, spec.classes, size=200)
+    (images, labels), *more = splits.batches(val, spec.preprocessing, spec.classes, size=200)
     assert not more
     with torch.inference_mode():
         expected = net.eval()(torch.from_numpy(images)).numpy()
@@ -242,7 +244,7 @@ def test_zeros_of_a_compressed_network_stay_when_they_are_asked_to(tmp_path: Pat
     root = repository(tmp_path)
     params = config.load(root / "params.yaml").finetune
     net, spec = finetune.start(params, CLASSES, "classifier")
-    params = params.model_copy(update={"weights": config.Weights(source="production", stage=stage)})  # type: ignore[arg-type]
+    params = params.model_copy(update={"weights": config.Weights(source="production", stage=stage)})
     with torch.no_grad():
         net.get_parameter("1.weight")[:64] = 0
         net.get_parameter("1.bias")[:64] = 0

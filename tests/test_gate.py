@@ -8,7 +8,6 @@ import copy
 import csv
 import io
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ import pytest
 from conftest import CLASSES, ROOT, Network, Repository, png
 from onnx import numpy_helper
 
-from tasks.benchmark import golden
-from tasks.core import comparison, config, files, graph, materials
-from tasks.gate import Evidence, Judged, evidence, explain, gate, reason, rows, sentence
+from tasks.benchmark import golden_of
+from tasks.core import config, files, noninferiority
+from tasks.gate import Check, Evidence, Judged, Verdict, evidence, explain, gate, judging_code, reason, rows, sentence
+from tasks.graphs import graph
 from tasks.reduce import reduce
 
 MODEL, DATA, PARAMS, CODE, CHAMPION, GOLDEN, PACKED = (letter * 64 for letter in "abcdef0")
@@ -99,23 +99,23 @@ def full() -> Evidence:
     return evidence_of(text(table()))
 
 
-def judged(given: Evidence, **changes: Any) -> dict[str, Any]:
+def judged(given: Evidence, **changes: Any) -> Verdict:
     return gate(given, config.Gate.model_validate(LIMITS | changes), CLASSES)
 
 
 def failed(given: Evidence, **changes: Any) -> list[str]:
     verdict = judged(given, **changes)
-    names = [check["name"] for check in verdict["checks"] if not check["passed"]]
-    assert verdict["passed"] is (not names)
+    names = [check.name for check in verdict.checks if not check.passed]
+    assert verdict.passed is (not names)
     explained = explain(verdict)
-    assert [one for one, _, _ in explained] == verdict["checks"]
+    assert [one for one, _, _ in explained] == list(verdict.checks)
     assert all(meaning for _, meaning, _ in explained)
-    assert all(remedy for one, _, remedy in explained if not one["passed"])
+    assert all(remedy for one, _, remedy in explained if not one.passed)
     return names
 
 
-def one_check(verdict: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(check for check in verdict["checks"] if check["name"] == name)
+def one_check(verdict: Verdict, name: str) -> Check:
+    return next(check for check in verdict.checks if check.name == name)
 
 
 def with_value(value: Any, *keys: str, given: Evidence | None = None) -> Evidence:
@@ -153,23 +153,25 @@ FIRST = ("report", "stages", "finetune")
 
 def test_on_every_limit_it_passes() -> None:
     verdict = judged(full())
-    assert verdict["passed"] is True
-    assert [check["name"] for check in verdict["checks"]] == CHECKS
-    assert {name: verdict[name] for name in JUDGED._fields} == JUDGED._asdict()
-    assert (verdict["champion"], verdict["infra"]) == (full().champion, full().infra)
+    assert verdict.passed is True
+    assert [check.name for check in verdict.checks] == CHECKS
+    assert {name: getattr(verdict, name) for name in JUDGED._fields} == JUDGED._asdict()
+    assert (verdict.champion, verdict.infra) == (full().champion, full().infra)
     assert sentence(verdict) == f"makes weight: all {len(CHECKS)} checks passed"
     on_limit = ("top1", "size_bytes", "latency_ratio", "latency_ms", "top1_by_label", "golden_difference")
-    assert all(one_check(verdict, name)["value"] == one_check(verdict, name)["limit"] for name in on_limit)
+    assert all(one_check(verdict, name).value == one_check(verdict, name).limit for name in on_limit)
 
 
 def test_the_same_evidence_gives_the_same_verdict_and_so_does_what_json_keeps_of_it() -> None:
     verdict = judged(full())
-    assert json.dumps(verdict, allow_nan=False) == json.dumps(judged(full()))
-    assert json.loads(json.dumps(verdict)) == verdict
+    text = json.dumps(verdict.to_json(), allow_nan=False)
+    assert text == json.dumps(judged(full()).to_json())
+    assert Verdict.model_validate_json(text) == verdict
+    assert Verdict.model_validate_json(text).to_json() == verdict.to_json()
     given = full()
     kept = {name: json.loads(json.dumps(getattr(given, name))) for name in ("report", "champion", "infra")}
     assert judged(given._replace(**kept)) == verdict
-    assert explain(json.loads(json.dumps(verdict))) == explain(verdict)
+    assert explain(Verdict.model_validate_json(text)) == explain(verdict)
 
 
 def test_judging_leaves_the_evidence_as_it_was() -> None:
@@ -261,7 +263,7 @@ def test_what_is_no_usable_value_is_refused(keys: tuple[str, ...], names: list[s
     given = with_value(value, *keys)
     assert failed(given) == names
     if keys[0] == "report":
-        json.dumps(judged(given), allow_nan=False)
+        json.dumps(judged(given).to_json(), allow_nan=False)
 
 
 @pytest.mark.parametrize("value", [value for value in USELESS if value is not True], ids=lambda value: str(value)[:5])
@@ -345,17 +347,17 @@ def test_a_drop_on_the_limit_passes_in_spite_of_rounding() -> None:
 
 def test_a_better_model_has_a_drop_below_zero() -> None:
     verdict = judged(with_value(0.86, *FIRST, "top1"), max_top1_drop=0.0)
-    assert verdict["passed"]
-    assert one_check(verdict, "top1_drop")["value"] == pytest.approx(-0.04)
+    assert verdict.passed
+    assert one_check(verdict, "top1_drop").value == pytest.approx(-0.04)
 
 
 def test_a_limit_of_null_is_left_out() -> None:
     given = with_value(1e6, *LAST, "latency_p50_ms", given=with_value(1e9, *FIRST, "latency_p50_ms"))
     assert failed(given) == ["latency_ms"]
     verdict = judged(given, max_latency_ms=None, max_zst_bytes=None)
-    assert verdict["passed"]
+    assert verdict.passed
     left_out = {"latency_ms", "zst_bytes"}
-    assert [check["name"] for check in verdict["checks"]] == [name for name in CHECKS if name not in left_out]
+    assert [check.name for check in verdict.checks] == [name for name in CHECKS if name not in left_out]
 
 
 def test_the_sentence_names_what_was_and_what_must_be() -> None:
@@ -407,26 +409,27 @@ def test_names_with_commas_quotes_and_other_letters_are_counted_right() -> None:
     odd = {"cat": 'a, "cat"', "dog": "größe\nzwei", "owl": "=1+1", "fox": " fox "}
     cells = [[odd.get(cell, cell) for cell in row] for row in table()]
     verdict = gate(evidence_of(text(cells)), config.Gate.model_validate(LIMITS), tuple(odd[name] for name in CLASSES))
-    assert verdict["passed"]
-    assert [entry["value"] for entry in verdict["slices"]["label"]] == [odd[name] for name in CLASSES]
+    assert verdict.passed
+    assert [entry.value for entry in verdict.slices["label"]] == [odd[name] for name in CLASSES]
 
 
 # The champion
 
 
 def test_the_bound_and_the_counts_are_those_of_the_paired_comparison() -> None:
-    found = judged(full())["comparison"]
-    assert (found["images"], found["wins"], found["losses"], found["wrong"]) == (200, WINS, LOSSES, len(OURS))
-    assert found["difference"] == pytest.approx((WINS - LOSSES) / 200)
-    assert (found["lower"], found["upper"]) == (
-        comparison.lower_bound(WINS, LOSSES, 200, 0.95),
-        -comparison.lower_bound(LOSSES, WINS, 200, 0.95),
+    found = judged(full()).comparison
+    assert found is not None
+    assert (found.images, found.wins, found.losses, found.wrong) == (200, WINS, LOSSES, len(OURS))
+    assert found.difference == pytest.approx((WINS - LOSSES) / 200)
+    assert (found.lower, found.upper) == (
+        noninferiority.lower_bound(WINS, LOSSES, 200, 0.95),
+        -noninferiority.lower_bound(LOSSES, WINS, 200, 0.95),
     )
-    assert (found["champion"], found["confidence"], found["traded"]) == ("v3", 0.95, False)
-    assert (found["margin"], found["times_smaller"], found["times_faster"]) == (MARGIN, 1.5, 1.5)
+    assert (found.champion, found.confidence, found.traded) == ("v3", 0.95, False)
+    assert (found.margin, found.times_smaller, found.times_faster) == (MARGIN, 1.5, 1.5)
 
 
-LOWER = comparison.lower_bound(WINS, LOSSES, 200, 0.95)
+LOWER = noninferiority.lower_bound(WINS, LOSSES, 200, 0.95)
 
 
 def test_the_margin_from_both_sides() -> None:
@@ -449,22 +452,22 @@ TRADE = {"margin": MARGIN, "min_times_smaller": 1.5, "min_times_faster": 1.5}
 SMALL = 0.02  # a margin that is missed
 
 
-def traded(given: Evidence, margin: float = SMALL, **changes: Any) -> dict[str, Any]:
+def traded(given: Evidence, margin: float = SMALL, **changes: Any) -> Any:
     return judged(given, champion={"margin": margin, "trade": TRADE | changes})
 
 
 def test_a_trade_is_used_and_said() -> None:
     assert failed(full(), champion={"margin": SMALL}) == ["top1_vs_champion"]
     verdict = traded(full())
-    assert (verdict["passed"], verdict["comparison"]["traded"]) == (True, True)
-    assert one_check(verdict, "top1_vs_champion")["limit"] == -MARGIN
+    assert (verdict.passed, verdict.comparison.traded) == (True, True)
+    assert one_check(verdict, "top1_vs_champion").limit == -MARGIN
     assert sentence(verdict).endswith(f"checks passed, with accuracy traded within a margin of {MARGIN}")
 
 
 def test_a_trade_is_not_used_where_the_margin_holds() -> None:
     verdict = traded(full(), margin=-LOWER + 1e-6)
-    assert (verdict["passed"], verdict["comparison"]["traded"]) == (True, False)
-    assert one_check(verdict, "top1_vs_champion")["limit"] == -(-LOWER + 1e-6)
+    assert (verdict.passed, verdict.comparison.traded) == (True, False)
+    assert one_check(verdict, "top1_vs_champion").limit == -(-LOWER + 1e-6)
     assert "traded" not in sentence(verdict)
 
 
@@ -480,22 +483,22 @@ def test_a_trade_is_not_used_where_the_margin_holds() -> None:
 )
 def test_a_trade_needs_all_of_its_conditions(keys: tuple[str, ...], value: Any) -> None:
     verdict = traded(with_value(value, *keys))
-    assert (verdict["passed"], verdict["comparison"]["traded"]) == (False, False)
+    assert (verdict.passed, verdict.comparison.traded) == (False, False)
     check = one_check(verdict, "top1_vs_champion")
-    assert (check["passed"], check["limit"]) == (False, -SMALL)
-    json.dumps(verdict, allow_nan=False)
+    assert (check.passed, check.limit) == (False, -SMALL)
+    json.dumps(verdict.to_json(), allow_nan=False)
 
 
 def test_what_is_too_many_times_smaller_to_be_a_number_is_no_gain() -> None:
     given = with_value(1e308, "report", "champion", "size_bytes", given=with_value(0.1, *LAST, "size_bytes"))
     verdict = traded(given)
-    assert (verdict["comparison"]["traded"], verdict["comparison"]["times_smaller"]) == (False, None)
-    json.dumps(verdict, allow_nan=False)
+    assert (verdict.comparison.traded, verdict.comparison.times_smaller) == (False, None)
+    json.dumps(verdict.to_json(), allow_nan=False)
 
 
 def test_a_trade_has_a_margin_too() -> None:
     verdict = judged(full(), champion={"margin": SMALL, "trade": TRADE | {"margin": -LOWER}})
-    assert one_check(verdict, "top1_vs_champion")["passed"] is False
+    assert one_check(verdict, "top1_vs_champion").passed is False
     assert "traded" not in sentence(verdict)
 
 
@@ -519,13 +522,13 @@ def test_two_that_are_no_sha256_are_not_the_same_model(value: Any) -> None:
 
 def test_the_first_promotion_needs_the_word_for_it() -> None:
     verdict = judged(first_promotion())
-    assert (verdict["passed"], verdict["comparison"]) == (True, None)
-    assert [check["name"] for check in verdict["checks"]] == [
+    assert (verdict.passed, verdict.comparison) == (True, None)
+    assert [check.name for check in verdict.checks] == [
         *SAME, *THRESHOLDS, "champion", "top1_by_label", "top1_by_device", *MET
     ]  # fmt: skip
     assert failed(first_promotion(bootstrap=False)) == ["champion"]
     assert failed(first_promotion(bootstrap=False), bootstrap=True) == []
-    assert one_check(verdict, "champion")["value"] == "bootstrap"
+    assert one_check(verdict, "champion").value == "bootstrap"
 
 
 def test_that_word_changes_nothing_where_there_is_a_champion() -> None:
@@ -548,25 +551,26 @@ def test_a_champion_that_was_weighed_is_not_forgotten() -> None:
 
 
 def test_every_value_of_a_column_is_listed_with_its_numbers() -> None:
-    slices = judged(full())["slices"]
-    assert [(entry["value"], entry["images"], entry["judged"]) for entry in slices["label"]] == [
+    slices = judged(full()).slices
+    assert [(entry.value, entry.images, entry.judged) for entry in slices["label"]] == [
         (name, 50, True) for name in CLASSES
     ]
     owl = slices["label"][2]
-    assert owl["top1"] == 0.84
-    assert (owl["lower"], owl["upper"]) == comparison.proportion(42, 50, 0.95)
-    assert owl["difference"]["difference"] == pytest.approx(-0.1)
-    assert (owl["difference"]["wins"], owl["difference"]["losses"]) == (0, 5)
-    assert [(entry["value"], entry["images"]) for entry in slices["device"]] == [
+    assert owl.difference is not None
+    assert owl.top1 == 0.84
+    assert (owl.lower, owl.upper) == noninferiority.proportion(42, 50, 0.95)
+    assert owl.difference.difference == pytest.approx(-0.1)
+    assert (owl.difference.wins, owl.difference.losses) == (0, 5)
+    assert [(entry.value, entry.images) for entry in slices["device"]] == [
         ("camera", 99), ("phone", 97), ("scanner", 4)
     ]  # fmt: skip
 
 
 def test_the_worst_slice_is_named() -> None:
     verdict = judged(full())
-    assert one_check(verdict, "top1_by_label")["where"] == "owl"
-    assert one_check(verdict, "regression_by_label")["where"] == "owl"
-    assert one_check(verdict, "regression_by_label")["value"] == 0.1
+    assert one_check(verdict, "top1_by_label").where == "owl"
+    assert one_check(verdict, "regression_by_label").where == "owl"
+    assert one_check(verdict, "regression_by_label").value == 0.1
 
 
 def test_a_slice_with_few_images_is_listed_and_not_judged() -> None:
@@ -574,13 +578,12 @@ def test_a_slice_with_few_images_is_listed_and_not_judged() -> None:
     given = evidence_of(text(table(ours=wrong)))
     limits = {"min_count": 5, "min_top1": 0.5}
     verdict = judged(given, slices={"device": limits})
-    scanner = verdict["slices"]["device"][2]
-    assert (scanner["value"], scanner["top1"], scanner["judged"]) == ("scanner", 0.0, False)
-    assert one_check(verdict, "top1_by_device")["passed"]
+    scanner = verdict.slices["device"][2]
+    assert (scanner.value, scanner.top1, scanner.judged) == ("scanner", 0.0, False)
+    assert one_check(verdict, "top1_by_device").passed
     verdict = judged(given, slices={"device": limits | {"min_count": 4}})
-    assert one_check(verdict, "top1_by_device") == {
-        "name": "top1_by_device", "value": 0.0, "operator": ">=", "limit": 0.5, "where": "scanner", "passed": False
-    }  # fmt: skip
+    expected = Check(name="top1_by_device", value=0.0, operator=">=", limit=0.5, where="scanner", passed=False)
+    assert one_check(verdict, "top1_by_device") == expected
 
 
 @pytest.mark.parametrize("column", ["label", "device"])
@@ -591,13 +594,13 @@ def test_nothing_to_judge_fails(column: str) -> None:
 
 def test_a_class_without_any_image_fails() -> None:
     limits = config.Gate.model_validate(LIMITS | {"slices": {"label": {"min_count": 1, "min_top1": 0.0}}})
-    assert gate(full(), limits, CLASSES)["passed"]
+    assert gate(full(), limits, CLASSES).passed
     verdict = gate(full(), limits, (*CLASSES, "emu"))
     check = one_check(verdict, "top1_by_label")
-    assert (check["value"], check["where"], check["passed"]) == (None, "emu", False)
+    assert (check.value, check.where, check.passed) == (None, "emu", False)
     assert sentence(verdict) == "refused: top1_by_label (emu) is None but must be >= 0.0"
-    emu = verdict["slices"]["label"][-1]
-    assert (emu["images"], emu["judged"], emu["top1"]) == (0, False, None)
+    emu = verdict.slices["label"][-1]
+    assert (emu.images, emu.judged, emu.top1) == (0, False, None)
 
 
 def test_a_column_that_the_predictions_lack_fails() -> None:
@@ -608,15 +611,15 @@ def test_a_column_that_the_predictions_lack_fails() -> None:
 
 def test_images_without_a_value_are_a_slice_too() -> None:
     given = with_table(lambda cells: [row.__setitem__(3, "") for row in cells[1:] if row[3] == "phone"])
-    assert "" in [entry["value"] for entry in judged(given)["slices"]["device"]]
+    assert "" in [entry.value for entry in judged(given).slices["device"]]
     assert failed(given) == []
 
 
 # What would pass
 
 
-def remedy(verdict: dict[str, Any], name: str) -> str:
-    return next(text for one, _, text in explain(verdict) if one["name"] == name)
+def remedy(verdict: Verdict, name: str) -> str:
+    return next(text for one, _, text in explain(verdict) if one.name == name)
 
 
 def test_what_there_is_to_spare() -> None:
@@ -654,7 +657,7 @@ def test_so_many_more_images_right_pass_and_one_less_does_not(margin: float) -> 
 
     def passes(count: int, order: list[int]) -> bool:
         given = evidence_of(text(table(ours=set(OURS) - set(order[:count]))))
-        return bool(one_check(judged(given, champion={"margin": margin}), "top1_vs_champion")["passed"])
+        return bool(one_check(judged(given, champion={"margin": margin}), "top1_vs_champion").passed)
 
     count = int(words[0])
     assert 0 < count <= len(OURS)
@@ -686,13 +689,13 @@ def prepared(repository: Repository, shipped: Path, **limits: Any) -> dict[str, 
     model.write_bytes(shipped.read_bytes())
     data = repository.split("test", [png(seed, 28) for seed in range(8)])
     (reports / "predictions.csv").write_bytes(text(table()))
-    np.savez_compressed(reports / "golden.npz", **golden(model, data, 1))  # type: ignore[arg-type]
+    np.savez_compressed(reports / "golden.npz", **golden_of(model, data, 1))  # type: ignore[arg-type]
     content: dict[str, Any] = evidence_of(text(table())).report
     content["stages"]["reduce"]["sha256"] = files.sha256(model)
     content["data_sha256"] = files.sha256(data)
     content["golden_sha256"] = files.sha256(reports / "golden.npz")
     packed = model.with_name("model.onnx.zst")
-    packed.write_bytes(files.packed(shipped.read_bytes()))
+    packed.write_bytes(files.pack(shipped.read_bytes()))
     content["packed_sha256"] = files.sha256(packed)
     repository.report("benchmark").write_text(json.dumps(content))
     (repository.root / "data/champion").mkdir()
@@ -702,19 +705,18 @@ def prepared(repository: Repository, shipped: Path, **limits: Any) -> dict[str, 
 
 def test_the_stage_passes_the_model_that_was_weighed(repository: Repository, shipped: Path) -> None:
     content = prepared(repository, shipped)
-    shutil.copytree(ROOT / "tasks", repository.root / "tasks")
     done = repository.run("gate")
     assert (done.returncode, done.stderr) == (0, "")
-    verdict = json.loads(repository.report("gate").read_text())
-    assert verdict["passed"] is True, sentence(verdict)
+    verdict: Any = Verdict.model_validate_json(repository.report("gate").read_text())
+    assert verdict.passed is True, sentence(verdict)
     assert done.stdout == f"gate: {sentence(verdict)}\n"
-    assert verdict["model_sha256"] == content["stages"]["reduce"]["sha256"]
-    assert verdict["data_sha256"] == content["data_sha256"]
-    assert verdict["params_sha256"] == files.sha256(repository.root / "params.yaml")
-    assert verdict["code_sha256"] == files.digest(materials.code(ROOT))
-    assert verdict["champion"] == full().champion
-    assert verdict["infra"].keys() > {"batch-1", "batch-3", "batch-7", "zeros", "huge"}
-    assert all(case == {"difference": 0, "same_top1": True, "repeatable": True} for case in verdict["infra"].values())
+    assert verdict.model_sha256 == content["stages"]["reduce"]["sha256"]
+    assert verdict.data_sha256 == content["data_sha256"]
+    assert verdict.params_sha256 == files.sha256(repository.root / "params.yaml")
+    assert verdict.code_sha256 == files.digest(judging_code(ROOT))
+    assert verdict.champion == full().champion
+    assert verdict.infra.keys() > {"batch-1", "batch-3", "batch-7", "zeros", "huge"}
+    assert all(case == {"difference": 0, "same_top1": True, "repeatable": True} for case in verdict.infra.values())
 
 
 def poison(repository: Repository) -> None:
@@ -750,9 +752,9 @@ def test_a_refusal_is_a_verdict_and_no_error(
     done = repository.run("gate")
     assert (done.returncode, done.stderr) == (0, "")
     assert "gate: refused: " in done.stdout
-    verdict = json.loads(repository.report("gate").read_text())
-    assert verdict["passed"] is False
-    found = {check["name"] for check in verdict["checks"] if not check["passed"]}
+    verdict: Any = Verdict.model_validate_json(repository.report("gate").read_text())
+    assert verdict.passed is False
+    found = {check.name for check in verdict.checks if not check.passed}
     assert found - {"golden_not_same_top1"} == names - {"golden_not_same_top1"}
     assert names <= found
 
@@ -763,8 +765,8 @@ def test_a_champion_of_another_version_is_refused(repository: Repository, shippe
     record = repository.root / "data/champion/champion.json"
     record.write_text(json.dumps(full().champion | {"version": "v4", "model_sha256": MODEL}))
     repository.run("gate")
-    verdict = json.loads(repository.report("gate").read_text())
-    assert [check["name"] for check in verdict["checks"] if not check["passed"]] == ["champion_sha256"]
+    verdict: Any = Verdict.model_validate_json(repository.report("gate").read_text())
+    assert [check.name for check in verdict.checks if not check.passed] == ["champion_sha256"]
 
 
 @pytest.mark.parametrize("name", ["reports/benchmark.json", "champion/champion.json"])

@@ -12,7 +12,7 @@ import pytest
 from conftest import MASKED, Network
 from onnx import helper, numpy_helper
 
-from tasks.core import graph
+from tasks.graphs import graph
 from tasks.reduce import reduce
 
 Array = npt.NDArray[Any]

@@ -19,8 +19,9 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from tasks.core import config, dataset
+from tasks.core import config
 from tasks.core.errors import StageError
+from tasks.images import splits
 from tasks.ingest import Item, describe, ingest, sources
 
 ROOT = Path(__file__).parents[1]
@@ -115,8 +116,8 @@ def test_a_folder_of_mixed_formats(tmp_path: Path) -> None:
     assert set(rows.index) == set(manifest.index)
     for path, row in rows.iterrows():
         assert row["image"] == (source / str(path)).read_bytes()
-        assert row["sha256"] == manifest.loc[path, "sha256"] == hashlib.sha256(row["image"]).hexdigest()
-        assert (row["split"], row["label"]) == tuple(manifest.loc[path, ["split", "label"]])
+        assert row["sha256"] == manifest.loc[path, "sha256"] == hashlib.sha256(row["image"]).hexdigest()  # type: ignore[index]
+        assert (row["split"], row["label"]) == tuple(manifest.loc[path, ["split", "label"]])  # type: ignore[index]
 
 
 def test_exif_orientation_is_applied_before_size_and_pixels(tmp_path: Path) -> None:
@@ -344,13 +345,13 @@ def metadata(source: Path, rows: dict[str, tuple[str, str]]) -> None:
     put(source / "metadata.csv", "\n".join(lines).encode() + b"\n")
 
 
-def carried(manifest: pd.DataFrame, splits: dict[str, pd.DataFrame], outputs: Path, names: list[str]) -> None:
-    """Splits and `dataset.columns` have of each image what the manifest has, and nothing else is new."""
-    for name, rows in splits.items():
+def carried(manifest: pd.DataFrame, tables: dict[str, pd.DataFrame], outputs: Path, names: list[str]) -> None:
+    """Splits and `splits.columns` have of each image what the manifest has, and nothing else is new."""
+    for name, rows in tables.items():
         assert list(rows.columns) == ["image", "label", "path", "sha256", *names]
         wanted = manifest.loc[list(rows["path"]), names]
         assert rows.set_index("path")[names].equals(wanted)
-        labels, columns = dataset.columns(outputs / f"{name}.parquet", CLASSES)
+        labels, columns = splits.columns(outputs / f"{name}.parquet", CLASSES)
         assert labels == list(rows["label"])
         assert list(columns) == names
         assert columns == {column: wanted[column].fillna("").tolist() for column in names}
@@ -368,7 +369,7 @@ def test_columns_of_metadata_csv_go_with_the_images_of_a_folder(tmp_path: Path) 
     assert len(manifest) == 41
     for path, (device, site) in known.items():
         if path != "dog/none.png":
-            assert manifest.loc[path, ["site", "device"]].fillna("").tolist() == [site, device]
+            assert manifest.loc[path, ["site", "device"]].fillna("").tolist() == [site, device]  # type: ignore[operator]
     assert manifest.loc[["dog/007.png", "cat/003.png"], "device"].isna().all()
     assert manifest.loc[["dog/007.png", "cat/000.png"], "site"].isna().all()
     assert not manifest.loc["cat/bad.png", "readable"]
@@ -405,8 +406,8 @@ def test_columns_of_parquet_go_with_its_rows_as_text(tmp_path: Path) -> None:
         pq.write_table(pa.table(content), tmp_path / "in" / f"{part}.parquet")
     names = ["year", "device", "night"]
     manifest, splits = ingested(parameters(tmp_path / "in", "parquet", columns=names), tmp_path / "out")
-    assert manifest.loc["b.parquet#3", names].tolist() == ["2023", "phone-2", "False"]
-    assert manifest.loc["a.parquet#7", names].fillna("").tolist() == ["2007", "", "False"]
+    assert manifest.loc["b.parquet#3", names].tolist() == ["2023", "phone-2", "False"]  # type: ignore[operator]
+    assert manifest.loc["a.parquet#7", names].fillna("").tolist() == ["2007", "", "False"]  # type: ignore[operator]
     carried(manifest, splits, tmp_path / "out", names)
 
 

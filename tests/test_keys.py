@@ -15,7 +15,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 
-from tasks.core import keys
+from flows.registry import keys
 from tasks.core.errors import RegistryError
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
@@ -83,7 +83,7 @@ def openssh_trusts(root: Path, key: Path, at: datetime) -> bool:
     command = ["ssh-keygen", "-Y", "verify", "-f", root / "deploy/trusted_keys", "-I", "weighin", "-n", "git"]
     command += ["-s", root / "message.sig", f"-Overify-time={at:%Y%m%d%H%M%SZ}"]
     environment = os.environ | {"TZ": "America/New_York"}
-    done = subprocess.run(command, input=b"hello", env=environment, capture_output=True, check=False)
+    done = subprocess.run(command, input=b"hello", env=environment, capture_output=True, check=False)  # type: ignore[arg-type]
     return done.returncode == 0
 
 
@@ -211,7 +211,7 @@ def test_an_empty_variable_and_a_missing_file_are_told(tmp_path: Path, monkeypat
 
 def test_processes_that_begin_at_once_use_one_key(tmp_path: Path) -> None:
     script = (
-        "import sys; from datetime import *; from pathlib import Path; from tasks.core import keys\n"
+        "import sys; from datetime import *; from pathlib import Path; from flows.registry import keys\n"
         "from cryptography.hazmat.primitives.asymmetric import ec; from cryptography.hazmat.primitives import hashes\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "key = keys.current(Path(sys.argv[1]), datetime(2026, 3, 1, tzinfo=UTC), lambda _: None)\n"
@@ -444,7 +444,7 @@ def test_a_key_on_a_token_signs_both(tmp_path: Path) -> None:
         ]
         subprocess.run(command, env=environment, check=True, capture_output=True)
     script = (
-        "import sys; from datetime import *; from pathlib import Path; from tasks.core import keys, signing\n"
+        "import sys; from datetime import *; from pathlib import Path; from flows.registry import keys, signing\n"
         "root, now = Path(sys.argv[1]), datetime(2026, 3, 1, 12, tzinfo=UTC)\n"
         "signer = [signing.signer(root, now) for _ in range(2)][1]\n"
         "name = signing.verify_commit(b'x', signer.sign_commit(b'x'), keys.trusted_keys(root), now)\n"

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import png
 from forgery import flip, output
-from ledger import MODEL, Ledger
+from ledger import MODEL, Ledger, opened
 
-from flows import lineage
-from flows.rollback import rollback
+from flows.registry import lineage
 from tasks.core import files, paths
 from tasks.core.errors import RegistryError
 
@@ -20,21 +19,18 @@ RAW = "data/raw/cat/0.png"
 
 
 @pytest.fixture(scope="module")
-def ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
+def ledger(tmp_path_factory: pytest.TempPathFactory, own_git: None) -> Iterator[Ledger]:
     """v0.1.0; v0.2.0, warmed from it; v0.3.0, warmed from that, with another image; a refusal; a rollback."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1", "TZ": "UTC"}.items():
-            patch.setenv(name, value)
-        made = Ledger.begin(tmp_path_factory.mktemp("lineage") / "project")
-        made.decide(1)
-        made.decide(2, weights=warmed(made, "v0.1.0"))
-        made.write("data/raw/cat/new.png", png(99, 8))
-        made.prepare()
-        made.commit("Another image")
-        made.decide(3, weights=warmed(made, "v0.2.0"))
-        made.decide(4, wrong=150)
-        rollback(made.root, MODEL, None, "wrong at night", say=lambda _: None)
-        yield made
+    made = Ledger.begin(tmp_path_factory.mktemp("lineage") / "project")
+    made.decide(1)
+    made.decide(2, weights=warmed(made, "v0.1.0"))
+    made.write("data/raw/cat/new.png", png(99, 8))
+    made.prepare()
+    made.commit("Another image")
+    made.decide(3, weights=warmed(made, "v0.2.0"))
+    made.decide(4, wrong=150)
+    opened(made.root).roll_back(None, "wrong at night")
+    yield made
 
 
 def warmed(ledger: Ledger, version: str) -> dict[str, str]:

@@ -24,10 +24,15 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from tasks import prune, quantize, reduce
-from tasks.core import allocation, backbone, config, costs, dataset, distillation, importance, masks, training
-from tasks.core.backbone import Spec
+from tasks.budget import allocation, costs
+from tasks.budget.plan import Block, Group, Plan
+from tasks.core import config
 from tasks.core.errors import StageError
-from tasks.core.export import export
+from tasks.graphs import calibration
+from tasks.images import splits
+from tasks.nets import backbone, distillation, importance, masks, training
+from tasks.nets.backbone import Spec
+from tasks.nets.export import export
 
 ROOT = Path(__file__).parents[1]
 CLASSES = tuple("0123456789")
@@ -115,9 +120,7 @@ def teacher(repository: Path) -> tuple[nn.Module, Spec]:
     return backbone.load(folder / "model.safetensors", folder / "model.json")
 
 
-def pruned(
-    repository: Path, checkpoint: Path, net: nn.Module, spec: Spec, **kinds: Any
-) -> tuple[nn.Module, dict[str, Any], list[dict[str, float]]]:
+def pruned(repository: Path, checkpoint: Path, net: nn.Module, spec: Spec, **kinds: Any) -> prune.Pruned:
     prepared = repository / "data/prepared"
     training.make_deterministic(0)
     return prune.prune(net, spec, parameters(**kinds), prepared / "train.parquet", prepared / "val.parquet", checkpoint)
@@ -144,7 +147,7 @@ def pruned(
     ],
 )
 def test_how_many_channels_stay(channels: int, ratio: float, multiple: int, expected: int) -> None:
-    assert masks.kept(channels, ratio, multiple) == expected
+    assert masks.count_kept(channels, ratio, multiple) == expected
 
 
 def with_skip(name: str) -> list[str]:
@@ -236,7 +239,7 @@ def test_the_least_important_channels_go() -> None:
             net.get_parameter(key)[index] *= 0.01
     slim = copy.deepcopy(net)
     removed, groups = masks.remove_channels(slim, config.Channels(ratio=0.5, multiple=16), images, "3")
-    assert groups == [{"name": "1", "channels": 128, "kept": 64, "removed": list(range(0, 128, 2))}]
+    assert groups == [Group(name="1", channels=128, kept=64, removed=list(range(0, 128, 2)))]
     assert removed == {"1": {"out": list(range(64, 128))}, "3": {"in": list(range(64, 128))}}
     assert torch.equal(slim.get_parameter("1.weight"), net.get_parameter("1.weight")[~weak])
     assert torch.equal(slim.get_parameter("3.weight"), net.get_parameter("3.weight")[:, ~weak])
@@ -264,16 +267,16 @@ def test_channels_that_do_not_add_up_are_refused_before_recovery(repository: Pat
     net, _ = teacher(repository)
     slim = copy.deepcopy(net)
     images = torch.rand(2, 1, 8, 8)
-    removed = masks.remove_channels(slim, config.Channels(**CHANNELS), images, "3").removed  # type: ignore[arg-type]
-    prune.masked(net, slim, removed, images)
+    removed = masks.remove_channels(slim, config.Channels(**CHANNELS), images, "3").removed
+    prune.build_masked(net, slim, removed, images)
     wrong = {"1": {"out": [(unit + 1) % 128 for unit in removed["1"]["out"]]}, "3": removed["3"]}
     with pytest.raises(
         StageError, match=r"the masked network differs from the slim one by .*: this backbone cannot be"
     ):
-        prune.masked(net, slim, wrong, images)
+        prune.build_masked(net, slim, wrong, images)
     short = {"1": {"out": removed["1"]["out"][1:]}, "3": removed["3"]}
     with pytest.raises(StageError, match=r"structure: 1\.weight cannot be masked"):
-        prune.masked(net, slim, short, images)
+        prune.build_masked(net, slim, short, images)
 
 
 def test_the_least_missed_blocks_become_identities(repository: Path, tmp_path: Path) -> None:
@@ -288,18 +291,16 @@ def test_the_least_missed_blocks_become_identities(repository: Path, tmp_path: P
                 parameter.zero_()
         increases[name] = training.evaluate(without, val)[1] - before
     full, plan, history = pruned(repository, tmp_path / "checkpoint.pt", net, spec, blocks={"remove": 2})
-    assert (plan["channels"], plan["weights"], history) == ({}, {}, [])
-    assert [block["name"] for block in plan["blocks"]] == sorted(increases, key=lambda name: increases[name])[:2]
-    for block in plan["blocks"]:
-        assert block["val_loss_increase"] == pytest.approx(increases[block["name"]], abs=1e-5)
-        module = full.get_submodule(block["name"])
+    assert (plan.channels, plan.weights, history) == ({}, {}, [])
+    assert [block.name for block in plan.blocks] == sorted(increases, key=lambda name: increases[name])[:2]
+    for block in plan.blocks:
+        assert block.val_loss_increase == pytest.approx(increases[block.name], abs=1e-5)
+        module = full.get_submodule(block.name)
         assert all(not parameter.any() for parameter in module.parameters())
         channels = [child for child in module.modules() if isinstance(child, nn.Conv2d)][-1].out_channels
         images = torch.randn(3, channels, 4, 4)
         assert torch.equal(module(images), images)
-    kept = {
-        name: p for name, p in net.named_parameters() if not name.startswith(tuple(b["name"] for b in plan["blocks"]))
-    }
+    kept = {name: p for name, p in net.named_parameters() if not name.startswith(tuple(b.name for b in plan.blocks))}
     assert all(torch.equal(full.get_parameter(name), parameter) for name, parameter in kept.items())
 
 
@@ -329,9 +330,9 @@ def test_blocks_under_the_threshold_become_identities_and_no_others(
     expected = [block for block in blocks if scores[block] < threshold]
     full, plan, _ = pruned(repository, tmp_path / "one.pt", net, described(name, 32), blocks={"threshold": threshold})
     assert {blocks[1], blocks[3]} < set(expected)
-    assert [block["name"] for block in plan["blocks"]] == expected
-    assert plan["block_scores"] == pytest.approx(scores)
-    assert all(block["score"] == plan["block_scores"][block["name"]] for block in plan["blocks"])
+    assert [block.name for block in plan.blocks] == expected
+    assert plan.block_scores == pytest.approx(scores)
+    assert all(block.score == (plan.block_scores or {})[block.name] for block in plan.blocks)
     for key, parameter in full.named_parameters():
         gone = any(key.startswith(f"{block}.") for block in expected)
         assert torch.equal(parameter, torch.zeros_like(parameter) if gone else net.get_parameter(key)), key
@@ -344,7 +345,7 @@ def test_blocks_under_the_threshold_leave_the_file_and_no_logit_changes(reposito
     export(found, spec, tmp_path / "pruned.onnx")
     params = config.Quantize(calibration_images=64, percentile=99.99)
     images = quantize.calibration_images(prepared / "train.parquet", CLASSES, 64)
-    quantized = quantize.quantize(tmp_path / "pruned.onnx", images, spec.preprocessing, params)
+    quantized = calibration.quantize(tmp_path / "pruned.onnx", images, spec.preprocessing, params)
     reduced, record = reduce.reduce(quantized)
     for name, model in (("before", quantized), ("after", reduced)):
         (tmp_path / f"{name}.onnx").write_bytes(model.SerializeToString())
@@ -359,13 +360,13 @@ def test_with_no_block_under_the_threshold_the_network_stays_and_the_stage_says_
     net, _ = weighted("mobilenetv2_050", 32, {})
     spec = described("mobilenetv2_050", 32)
     full, plan, _ = pruned(repository, tmp_path / "one.pt", net, spec, blocks={"threshold": 0.01})
-    assert (plan["blocks"], len(plan["block_scores"])) == ([], 10)
+    assert (plan.blocks, len(plan.block_scores or {})) == ([], 10)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), full.parameters(), strict=True))
-    lowest = min(plan["block_scores"].values())
+    lowest = min((plan.block_scores or {}).values())
     says = f"no residual block is under prune.blocks.threshold 0.01: the lowest of 10 is {lowest:.3f}\n"
     assert capsys.readouterr().out == says
     _, plan, _ = pruned(repository, tmp_path / "two.pt", *teacher(repository), blocks={"threshold": 0.99})
-    assert (plan["blocks"], plan["block_scores"]) == ([], {})
+    assert (plan.blocks, plan.block_scores) == ([], {})
     says = "no residual block is under prune.blocks.threshold 0.99: this backbone has none\n"
     assert capsys.readouterr().out == says
 
@@ -375,7 +376,7 @@ def test_blocks_that_are_zero_already_go(repository: Path, tmp_path: Path) -> No
     net, blocks = weighted("mobilenetv2_050", 32, dict.fromkeys(range(10), 0.0))
     spec = described("mobilenetv2_050", 32)
     _, plan, _ = pruned(repository, tmp_path / "one.pt", net, spec, blocks={"threshold": 0.01})
-    assert plan["blocks"] == [{"name": block, "score": 0.0} for block in blocks]
+    assert plan.blocks == [Block(name=block, score=0.0) for block in blocks]
 
 
 def test_more_blocks_than_there_are(repository: Path, tmp_path: Path) -> None:
@@ -404,11 +405,11 @@ def test_single_weights_under_a_threshold() -> None:
 def test_the_smallest_weight_of_a_layer_counts_as_zero_and_the_largest_as_one() -> None:
     """Of 1, -2, 3, 5 the normalised sizes are 0, 0.25, 0.5 and 1; weights of one size are all alike and stay."""
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    net[0].weight.copy_(torch.tensor([[1.0, -2.0], [3.0, 5.0]]))
-    net[1].weight.copy_(torch.tensor([[0.5, -0.5], [0.5, -0.5]]))
+    net[0].weight.copy_(torch.tensor([[1.0, -2.0], [3.0, 5.0]]))  # type: ignore[operator]
+    net[1].weight.copy_(torch.tensor([[0.5, -0.5], [0.5, -0.5]]))  # type: ignore[operator]
     assert masks.zero_weights(net, config.SingleWeights(threshold=0.375)) == {"0.weight": 2, "1.weight": 0}
-    assert net[0].weight.tolist() == [[0, 0], [3, 5]]
-    assert net[1].weight.all()
+    assert net[0].weight.tolist() == [[0, 0], [3, 5]]  # type: ignore[operator]
+    assert net[1].weight.all()  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("sparsity", [0.001, 0.5, 0.9])
@@ -486,16 +487,16 @@ def test_recovery_brings_accuracy_back_under_the_masks(repository: Path, tmp_pat
     full, same_plan, history = pruned(repository, tmp_path / "checkpoint.pt", net, spec, **kinds, recovery=RECOVERY)
     assert (none, len(history)) == ([], 3)
     assert same_plan == plan
-    assert len(plan["channels"]["1"]["out"]) == 96
+    assert len(plan.channels["1"]["out"]) == 96
     val = training.Images(repository / "data/prepared/val.parquet", spec.preprocessing, CLASSES)
     assert training.evaluate(full, val)[1] < 0.7 * training.evaluate(raw, val)[1]
     for name, parameter in full.named_parameters():
         assert torch.equal(parameter == 0, raw.get_parameter(name) == 0)
         assert not torch.equal(parameter, raw.get_parameter(name))
-    assert sum(plan["weights"].values()) > 100
+    assert sum(plan.weights.values()) > 100
     found = prune.sparsity(full)
     assert found["parameters"] == 9610
-    assert found["nonzero_parameters"] == 64 * 32 + 32 + 32 * 10 + 10 - sum(plan["weights"].values())
+    assert found["nonzero_parameters"] == 64 * 32 + 32 + 32 * 10 + 10 - sum(plan.weights.values())
     unchanged, _ = teacher(repository)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), unchanged.parameters(), strict=True))
 
@@ -516,8 +517,8 @@ def test_answers_are_known_before_for_each_image_as_it_is_and_mirrored(flip: flo
     params = config.Recovery.model_validate(RECOVERY)
     batch, labels = torch.stack([images[index][0] for index in range(8)]), torch.tensor(images.labels[:8])
     logits = torch.rand(8, 10)
-    known = distillation.answered(targets, torch.tensor(images.labels), params)(batch, logits, torch.arange(8))
-    assert torch.allclose(known, distillation.taught(net, params)(batch, logits, labels))
+    known = distillation.loss_of_answers(targets, torch.tensor(images.labels), params)(batch, logits, torch.arange(8))
+    assert torch.allclose(known, distillation.loss_with_teacher(net, params)(batch, logits, labels))
 
 
 @pytest.mark.parametrize("crop_scale", [1.0, 0.9], ids=["with answers known before", "with the teacher beside"])
@@ -558,7 +559,7 @@ def test_without_a_share_the_teacher_is_not_asked(repository: Path, tmp_path: Pa
 def test_nothing_to_prune_is_the_same_network(repository: Path, tmp_path: Path) -> None:
     net, spec = teacher(repository)
     full, plan, history = pruned(repository, tmp_path / "checkpoint.pt", net, spec)
-    assert (plan, history) == ({"blocks": [], "channels": {}, "float32": [], "groups": [], "weights": {}}, [])
+    assert (plan, history) == (Plan(), [])
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), full.state_dict().values(), strict=True))
 
 
@@ -618,7 +619,7 @@ def test_a_network_is_surveyed_whole() -> None:
 def compressed(repository: Path, checkpoint: Path, **budget: Any) -> prune.Pruned:
     net, spec = teacher(repository)
     example = torch.rand(2, 1, 8, 8)
-    points = allocation.needed(surveyed(net, example, "3")[0])
+    points = allocation.points_to_measure(surveyed(net, example, "3")[0])
     table = {point: 1e-6 * point[1] * point[2] for point in points}
     params = parameters(recovery=RECOVERY)
     prepared = repository / "data/prepared"
@@ -639,32 +640,33 @@ def test_the_plan_names_the_channels_that_went_as_the_teacher_numbers_them(repos
     net, spec = teacher(repository)
     slim, example = copy.deepcopy(net), torch.rand(2, 1, 8, 8)
     train = training.Images(repository / "data/prepared/train.parquet", spec.preprocessing, CLASSES)
-    table = {point: 1e-6 * point[1] * point[2] for point in allocation.needed(surveyed(net, example, "3")[0])}
-    *_, whole = prune.survey(copy.deepcopy(net), {}, train, example, "3")
-    plan = prune.within(
+    table = {
+        point: 1e-6 * point[1] * point[2] for point in allocation.points_to_measure(surveyed(net, example, "3")[0])
+    }
+    *_, whole = prune.survey_channels(copy.deepcopy(net), {}, train, example, "3")
+    plan = prune.prune_to_limits(
         slim,
         allocation.Limits(6000, None),
         whole,
         {},
         table,
-        lambda net, left: prune.survey(net, left, train, example, "3"),
+        lambda net, left: prune.survey_channels(net, left, train, example, "3"),
     )
-    (group,) = plan["groups"]
-    bounds = [part.split("-") for part in group["removed"].split(",")]
-    gone = {unit for low, *high in bounds for unit in range(int(low), int((high or [low])[0]) + 1)}
-    assert len(gone) == 128 - group["kept"] > 0
+    (group,) = plan.groups
+    gone = set(group.removed)
+    assert len(gone) == 128 - group.kept > 0
     left = [unit for unit in range(128) if unit not in gone]
     assert torch.equal(slim.get_parameter("1.weight"), net.get_parameter("1.weight")[left])
 
 
 def test_a_budget_is_met_by_the_file_that_comes_out(repository: Path, tmp_path: Path) -> None:
     found = compressed(repository, tmp_path / "checkpoint.pt", max_size_bytes=6000)
-    (group,) = found.plan["groups"]
-    assert group["kept"] in range(16, 128, 16)
+    (group,) = found.plan.groups
+    assert group.kept in range(16, 128, 16)
     spec = teacher(repository)[1]
     export(found.net, spec, tmp_path / "model.onnx")
     images = quantize.calibration_images(repository / "data/prepared/train.parquet", CLASSES, 64)
-    quantized = quantize.quantize(
+    quantized = calibration.quantize(
         tmp_path / "model.onnx",
         images,
         spec.preprocessing,
@@ -684,7 +686,7 @@ def test_a_budget_that_cannot_be_met_is_told_with_the_nearest_that_can(repositor
     offer = {name: float(value) for name, value in re.findall(r"(max_\w+) ([\d.e-]+)", text.split("has", 1)[1])}
     assert set(offer) == {"max_size_bytes", "max_latency_ms", "max_top1_drop"}
     found = compressed(repository, tmp_path / "two.pt", **offer | {"max_size_bytes": int(offer["max_size_bytes"])})
-    assert [group["kept"] for group in found.plan["groups"]] == [16]
+    assert [group.kept for group in found.plan.groups] == [16]
 
 
 def test_a_drop_that_is_the_limit_itself_holds(
@@ -693,12 +695,12 @@ def test_a_drop_that_is_the_limit_itself_holds(
     """0.9 - 0.89 is 0.010000000000000009."""
     found = iter([(0.9, 1.0)])
     monkeypatch.setattr(training, "evaluate", lambda *_: next(found, (0.89, 1.0)))
-    assert compressed(repository, tmp_path / "one.pt", max_top1_drop=0.01, max_size_bytes=6000).plan["groups"]
+    assert compressed(repository, tmp_path / "one.pt", max_top1_drop=0.01, max_size_bytes=6000).plan.groups
 
 
 def test_an_offered_drop_is_rounded_up() -> None:
     def attempt(limits: allocation.Limits) -> prune.Attempt:
-        return prune.Attempt(prune.Pruned(torch.nn.Identity(), {}, []), costs.Cost(980.0, 0.95), 9 / 800, False)
+        return prune.Attempt(prune.Pruned(torch.nn.Identity(), Plan(), []), costs.Cost(980.0, 0.95), 9 / 800, False)
 
     with pytest.raises(StageError, match=r"max_top1_drop 0\.0113$"):
         prune._fitting(attempt, config.Compress(max_top1_drop=0.01, max_size_bytes=100_000))
@@ -710,7 +712,7 @@ def test_a_plan_keeps_a_distance_from_its_limits_and_an_offer_has_it_too(monkeyp
 
     def attempt(limits: allocation.Limits) -> prune.Attempt:
         asked.append(limits)
-        return prune.Attempt(prune.Pruned(torch.nn.Identity(), {}, []), costs.Cost(980.0, 0.95), 0.0, True)
+        return prune.Attempt(prune.Pruned(torch.nn.Identity(), Plan(), []), costs.Cost(980.0, 0.95), 0.0, True)
 
     budget = config.Compress(max_size_bytes=100_000, max_latency_ms=2.0)
     prune._fitting(attempt, budget)
@@ -736,13 +738,13 @@ def test_with_an_accuracy_alone_the_smallest_that_holds_it_is_found(repository: 
     for drop in (0.01, 0.2):
         found = compressed(repository, tmp_path / f"{drop}.pt", max_top1_drop=drop)
         assert training.evaluate(found.net, val)[0] >= reference - drop
-        kept[drop] = found.plan["groups"][0]["kept"]
+        kept[drop] = found.plan.groups[0].kept
     assert kept[0.2] <= kept[0.01] < 128
 
 
 def test_ranges() -> None:
-    removed = {"conv": {"out": [0, 1, 2, 7], "in": [3]}, "fc": {"in": []}}
-    assert prune.readable(removed) == {"conv": {"out": "0-2,7", "in": "3"}, "fc": {"in": ""}}
+    plan = Plan(channels={"conv": {"out": [0, 1, 2, 7], "in": [3]}, "fc": {"in": []}})
+    assert plan.to_json()["channels"] == {"conv": {"out": "0-2,7", "in": "3"}, "fc": {"in": ""}}
 
 
 def run_stage(repository: Path) -> dict[str, bytes]:
@@ -783,7 +785,7 @@ def test_the_stage_twice(repository: Path) -> None:
     assert sum(plan["weights"].values()) == round(0.3 * 64 * 74)
     assert metrics["parameters"] - metrics["nonzero_parameters"] == 64 * 75 + sum(plan["weights"].values())
     assert len(results["reports/prune.csv"].splitlines()) == 1 + 3
-    ((images, labels),) = dataset.batches(data / "prepared/val.parquet", spec.preprocessing, CLASSES, size=200)
+    ((images, labels),) = splits.batches(data / "prepared/val.parquet", spec.preprocessing, CLASSES, size=200)
     (logits,) = onnxruntime.InferenceSession(results["models/prune/model.onnx"]).run(None, {"image": images})
     with torch.inference_mode():
         np.testing.assert_allclose(logits, net.eval()(torch.from_numpy(images)).numpy(), atol=1e-4)

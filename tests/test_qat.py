@@ -19,12 +19,16 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from test_reduce import assert_same_bits, shapes
 
-from tasks.core import backbone, config, files, graph, masks, paths, qat, session, training
-from tasks.core.backbone import Spec
+from tasks.core import config, files, paths
 from tasks.core.errors import StageError
-from tasks.core.export import export
-from tasks.quantize import quantize, shared
+from tasks.graphs import graph
+from tasks.graphs.calibration import quantize
+from tasks.nets import backbone, distillation, masks, qat, training
+from tasks.nets.backbone import Spec
+from tasks.nets.export import export
+from tasks.quantize import trainable, with_codebook
 from tasks.reduce import reduce
+from tasks.runtime import session
 
 SCHEDULE = {
     "epochs": 6,
@@ -95,7 +99,7 @@ class Case:
         hold = masks.hold_zeros(self.teacher, backbone.head(self.teacher))
         loss, checkpoint = training.cross_entropy(0.0), root / "teacher.pt"
         images = [self.images(name) for name in ("train", "val")]
-        training.fit(self.teacher, *images, loss, schedule, checkpoint=checkpoint, after_step=hold)
+        training.fit(self.teacher, *images, loss, schedule, checkpoint=checkpoint, after_step=hold)  # type: ignore[arg-type, misc]
         export(self.teacher, self.spec, root / self.path)
 
     def write(self, name: str, images: Any, codes: Any) -> None:
@@ -121,7 +125,12 @@ class Case:
         """Train the model's weights, in place; some of those before quantization may be given otherwise."""
         before = graph.initializers(onnx.load(self.root / self.path)) | floats
         images, params = [self.images(name) for name in ("train", "val")], config.Qat.model_validate(QAT)
-        return qat.train(model, before, self.teacher, params, *images, self.root / "checkpoint.pt", levels)
+        net = trainable(model, before, self.tensors("val")[:32])
+        if levels:
+            net.share_codes(levels)
+        history = distillation.distill(net, self.teacher, params, *images, checkpoint=self.root / "checkpoint.pt")
+        net.write(model)
+        return history
 
     def lay(self, repository: Repository, **options: Any) -> None:
         """What the stage reads, in the repository."""
@@ -185,13 +194,13 @@ def test_the_stage_keeps_the_calibrated_model_where_training_makes_it_worse(repo
 def test_training_keeps_to_a_codebook(case: Case) -> None:
     """Three codes a tensor: too few for what was trained without them, enough for what is trained with them."""
     model = case.quantized(CALIBRATION)
-    before = top1(case, shared(model, 3))
+    before = top1(case, with_codebook(model, 3))
     case.train(model, levels=3)
     counts = [len(np.unique(codes[codes != 0])) for codes in codes_of(model)]
     assert len(counts) == 2
     assert max(counts) == 3
     assert top1(case, model) > before
-    assert top1(case, shared(model, 3)) == top1(case, model)
+    assert top1(case, with_codebook(model, 3)) == top1(case, model)
 
 
 def codes_of(model: onnx.ModelProto) -> list[graph.Array]:

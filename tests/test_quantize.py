@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,14 @@ from conftest import CALIBRATION, CLASSES, MASKED, ROOT, Network, Repository, pn
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from tasks.core import config, dataset, files, graph, rounding, session
+from tasks.core import config, files
 from tasks.core.errors import StageError
-from tasks.quantize import BATCH, Reader, calibration_images, check_scales, float_layers, quantize, sensitivities
+from tasks.graphs import graph, rounding
+from tasks.graphs.calibration import BATCH, Reader, check_scales, quantize, sensitivities
+from tasks.graphs.optimized import float_layers
+from tasks.images.preprocessing import Preprocessing, preprocess
+from tasks.quantize import calibration_images
+from tasks.runtime import session
 
 Networks = Callable[[str], Network]
 
@@ -132,8 +138,9 @@ def plain(value: int) -> bytes:
 PEAK = """
 import sys
 from pathlib import Path
-from tasks.core import config, probe, session
-from tasks.quantize import quantize
+from tasks.core import config
+from tasks.runtime import probe, session
+from tasks.graphs.calibration import quantize
 model, image, count = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes(), int(sys.argv[3])
 preprocessing, _ = session.description(session.open_session(model, 1))
 quantize(model, [image] * count, preprocessing, config.Quantize(calibration_images=count, percentile=99.9))
@@ -286,7 +293,7 @@ def test_layers_that_share_weight_and_bias_are_rounded_by_the_factor(images: lis
         ir_version=10,
     )
     onnx.save(made, tmp_path / "float.onnx")
-    preprocessing = dataset.Preprocessing(size=8, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    preprocessing = Preprocessing(size=8, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
     model = quantize(tmp_path / "float.onnx", images, preprocessing, by_factor(40.0))
     stored = graph.Constants(model)
     layers = [node for node in model.graph.node if node.op_type == "Conv"]
@@ -295,7 +302,7 @@ def test_layers_that_share_weight_and_bias_are_rounded_by_the_factor(images: lis
         own = stored.dequantized[node.input[2]]
         codes, step = (numpy_helper.to_array(stored.tensors[name]) for name in own.input[:2])
         assert codes * step == pytest.approx(bias, abs=2 * float(step))
-        assert np.array_equal(stored.read(node.input[1]), np.rint(weight.astype(np.float64) * 40))
+        assert np.array_equal(stored.read(node.input[1]), np.rint(weight.astype(np.float64) * 40))  # type: ignore[arg-type]
 
 
 def test_calibration_images_are_spread_over_the_split_in_its_order(tmp_path: Path) -> None:
@@ -343,7 +350,7 @@ def test_images_that_are_not_finite_are_refused(
 ) -> None:
     network = networks("lenet-5")
     with pytest.raises(StageError, match=r"cannot be calibrated on these images: .* not finite"):
-        quantize(network.path, images, network.preprocessing.model_copy(update=change), CALIBRATION)
+        quantize(network.path, images, replace(network.preprocessing, **change), CALIBRATION)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf, 0.0, -1.0])
@@ -394,7 +401,7 @@ def test_the_stage_leaves_the_model_and_its_numbers(repository: Repository, netw
     assert repository.model("quantize").read_bytes() == expected.SerializeToString()
     report = json.loads(repository.report("quantize").read_text())
     ready = session.open_session(repository.model("quantize"), 1)
-    val = np.stack([dataset.tensor(png(seed), network.preprocessing) for seed in range(200, 220)])
+    val = np.stack([preprocess(png(seed), network.preprocessing) for seed in range(200, 220)])
     right = session.logits(ready, val).argmax(1) == np.arange(20) % len(CLASSES)
     listed = report.pop("sensitivities")
     assert report == {"val_top1": right.mean(), "calibration_images": 64, "float32": [], "float_layers": 0, "qat": []}
@@ -425,7 +432,7 @@ def test_the_stage_shares_codes_where_it_is_asked_to(repository: Repository, net
         repository.params(quantize={"calibration_images": 64, "codebook": levels})
         done = repository.run("quantize")
         assert (done.returncode, done.stderr) == (0, "")
-        sizes[levels] = len(files.packed(repository.model("quantize").read_bytes()))
+        sizes[levels] = len(files.pack(repository.model("quantize").read_bytes()))
         model = onnx.load(repository.model("quantize"))
         constants = graph.Constants(model)
         weights = [constants.read(node.input[1]) for node in model.graph.node if node.op_type in graph.WEIGHTED]

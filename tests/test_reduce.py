@@ -4,7 +4,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +16,16 @@ import pytest
 from conftest import CALIBRATION, CLASSES, MASKED, Network, Repository, png, write_split
 from onnx import helper, numpy_helper
 
-from tasks.core import dataset, files, graph, session
-from tasks.core.dataset import Preprocessing
+from tasks.core import files
 from tasks.core.errors import StageError
-from tasks.core.export import describe
-from tasks.quantize import quantize
-from tasks.reduce import ChannelClass, layers, prove, reduce, removable
+from tasks.graphs import graph
+from tasks.graphs.calibration import quantize
+from tasks.graphs.channels import ChannelClass, layers, removable
+from tasks.graphs.optimized import optimize
+from tasks.images.preprocessing import Preprocessing, preprocess
+from tasks.nets.export import describe
+from tasks.reduce import prove, reduce
+from tasks.runtime import session
 
 Logits = npt.NDArray[np.float32]
 INPUT = Preprocessing(size=8, channels=3, mean=(0.4, 0.5, 0.6), std=(0.3, 0.2, 0.3))
@@ -45,10 +49,10 @@ def random_images(model: onnx.ModelProto, count: int = 16, seed: int = 0) -> Log
 def assert_same_bits(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
     images = random_images(before)
     for threads in (1, 2):
-        for optimized in (True, False):
-            expected, found = (answer(model, images, threads, optimized) for model in (before, after))
+        for is_optimized in (True, False):
+            expected, found = (answer(model, images, threads, is_optimized) for model in (before, after))
             assert expected.std() > 0
-            assert expected.tobytes() == found.tobytes(), f"{threads=} {optimized=}"
+            assert expected.tobytes() == found.tobytes(), f"{threads=} {is_optimized=}"
 
 
 def shapes(model: onnx.ModelProto) -> list[tuple[int, ...]]:
@@ -146,7 +150,7 @@ class Builder:
             opset_imports=[helper.make_opsetid("", 20)],
             ir_version=10,
         )
-        describe(made, {"classes": CLASSES, **INPUT.model_dump(mode="json")})
+        describe(made, {"classes": CLASSES, **asdict(INPUT)})
         onnx.checker.check_model(made, full_check=True)
         return made
 
@@ -229,7 +233,7 @@ def test_the_reduced_network_still_runs_in_integers(
     reduced, _ = reduce(networks(name).quantized)
     for file, model in (("before", networks(name).quantized), ("after", reduced)):
         onnx.save(model, tmp_path / f"{file}.onnx")
-    before, after = (kinds(session.optimized(tmp_path / f"{file}.onnx")) for file in ("before", "after"))
+    before, after = (kinds(optimize(tmp_path / f"{file}.onnx")) for file in ("before", "after"))
     assert {kind for kind in after if kind not in before} == set()
     assert after.count("QLinearConv") == sum(len(shape) == 4 for shape in networks(name).slim.values())
 
@@ -719,10 +723,10 @@ def drawn(tmp_path_factory: pytest.TempPathFactory, images: list[bytes]) -> list
 def differs(one: Drawn, reduced: onnx.ModelProto) -> str:
     """Where the reduced network answers otherwise, or nothing."""
     images = random_images(one.model, seed=one.seed)
-    for threads, optimized in itertools.product((1, 2), (True, False)):
-        expected, found = (answer(model, images, threads, optimized) for model in (one.model, reduced))
+    for threads, is_optimized in itertools.product((1, 2), (True, False)):
+        expected, found = (answer(model, images, threads, is_optimized) for model in (one.model, reduced))
         if expected.tobytes() != found.tobytes():
-            return f"{one.seed=} {threads=} {optimized=} {one.kinds}"
+            return f"{one.seed=} {threads=} {is_optimized=} {one.kinds}"
     return ""
 
 
@@ -785,7 +789,7 @@ def the_next_channel_goes(member: ChannelClass) -> graph.Mask:
 def test_random_networks_tell_a_wrong_removal(
     wrong: Callable[[ChannelClass], graph.Mask], drawn: list[Drawn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.reduce.removable", wrong)
+    monkeypatch.setattr("tasks.graphs.channels.removable", wrong)
     assert any(differs(one, reduce(one.model)[0]) for one in drawn)
 
 
@@ -809,7 +813,7 @@ def test_proof_names_the_image_and_the_logit_that_differ(
     onnx.save(wrongly_reduced(network.quantized), tmp_path / "after.onnx")
     write_split(tmp_path / "test.parquet", images)
     before, after = (session.open_session(tmp_path / f"{name}.onnx", 1) for name in ("before", "after"))
-    data = np.stack([dataset.tensor(image, network.preprocessing) for image in images])
+    data = np.stack([preprocess(image, network.preprocessing) for image in images])
     rows, columns = np.nonzero(session.logits(before, data) != session.logits(after, data))
     assert set(columns) == {2}
     with pytest.raises(StageError, match=rf"image {rows[0]} of .*, logit 2 \(owl\)"):
@@ -836,7 +840,7 @@ def test_the_stage_leaves_the_model_and_its_proof(
     target = repository.model("reduce")
     assert report["bit_identical_images"] == len(images)
     assert report["size_bytes_before"] == source.stat().st_size
-    assert files.unpacked(target.with_name("model.onnx.zst")) == target.read_bytes()
+    assert files.unpack(target.with_name("model.onnx.zst")) == target.read_bytes()
     assert report["size_bytes_after"] == target.stat().st_size < source.stat().st_size
     assert [row["weight_after"][0] for row in report["layers"]] == [10, 24, 250, 4]
     assert onnx.load(target) == reduce(networks("lenet-5").quantized)[0]
@@ -845,13 +849,14 @@ def test_the_stage_leaves_the_model_and_its_proof(
 
 WRONG = """
 import onnx, tasks.reduce as stage
+from tasks.graphs import channels
 from tasks.core.errors import run
-right = stage.removable
+right = channels.removable
 def removable(member):
     gone = right(member)
     gone[: len(gone) // 4] = True  # channels that are alive
     return gone if member.channels > 20 else gone & False
-stage.removable = removable
+channels.removable = removable
 run(stage.main)
 """
 

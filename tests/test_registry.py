@@ -1,5 +1,6 @@
 """The registry against real git, GTO and DVC: what a decision leaves behind, and what it leaves alone."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,13 +15,18 @@ from typing import Any
 
 import pytest
 from ledger import FILES as LAID
-from ledger import Ledger, model
+from ledger import Ledger, latest, model, opened, production
 
-from tasks.core import keys, paths, registry
+from flows.registry import keys
+from flows.registry.decision import CARRIED, Decision
+from flows.registry.git import MOVER
+from flows.registry.record import Superseded
+from flows.registry.refs import CODE_REFS
+from tasks.core import files, paths
 from tasks.core.errors import ParamsError, RegistryError
-from tasks.core.registry import Decision
 
 BIN = Path(sys.executable).parent
+PASSED = {"name": "top1", "value": 1.0, "operator": ">=", "limit": 0.5, "where": None, "passed": True}
 FILES = {
     *(
         "README.md",
@@ -61,7 +67,6 @@ def _own_git(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GIT_CONFIG_GLOBAL", str(settings))
         patch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-        patch.setenv("DVC_NO_ANALYTICS", "1")
         patch.setenv("TZ", "UTC")
         yield
 
@@ -97,9 +102,13 @@ def judge(root: Path, number: int, good: bool = True, name: str = "classifier", 
 
 def decide(root: Path, number: int, good: bool = True, name: str = "classifier") -> Decision:
     judge(root, number, good, name)
-    decision, new = registry.record(root, name)
+    decision, new = opened(root, name).record()
     assert new
     return decision
+
+
+def record(root: Path, name: str = "classifier") -> tuple[Decision, bool]:
+    return opened(root, name).record()
 
 
 def refs(root: Path) -> str:
@@ -152,13 +161,13 @@ def test_promotions_and_refusals_are_one_chain_and_promotions_are_tagged(root: P
     for tag, commit in {"@v0.1.0": "registry~2", "#production#1": "registry~2", "#production#2": "registry"}.items():
         assert git(root, "cat-file", "-t", f"classifier{tag}") == "tag"
         assert git(root, "rev-parse", f"classifier{tag}^{{commit}}") == git(root, "rev-parse", commit)
-    assert registry.latest(root, "classifier") == registry.production(root, "classifier") == second
+    assert latest(root) == production(root) == second
 
 
 def test_the_commit_carries_the_record_and_what_brings_the_model_back(root: Path) -> None:
     decision = decide(root, 1)
     assert set(git(root, "ls-tree", "-r", "--name-only", "registry").split()) == {*FILES, ".dvc/config"}
-    for name, path in registry.CARRIED.items():
+    for name, path in CARRIED.items():
         blob = subprocess.run(["git", "show", f"registry:{name}"], cwd=root, check=True, capture_output=True).stdout
         assert blob == (root / path).read_bytes()
     assert decision.verdict_sha256 == hashlib.sha256((root / paths.report("gate")).read_bytes()).hexdigest()
@@ -191,7 +200,7 @@ def test_the_model_card_tells_what_was_decided_and_why(root: Path) -> None:
 def test_a_pipe_does_not_break_the_cards_table(root: Path) -> None:
     check = {"name": "recall|bag", "value": None, "operator": ">=", "limit": 0.6, "passed": False}
     judge(root, 1, checks=[check])
-    registry.record(root, "classifier")
+    opened(root).record()
     assert r"| recall\|bag |  | missing | >= | 0.6 | no |" in show(root, "README.md")
 
 
@@ -219,7 +228,7 @@ def test_a_lock_that_names_another_file_decides_nothing(root: Path, path: Path) 
     (root / "dvc.lock").write_text(text.replace(found, "0" * 32))
     before = refs(root)
     with pytest.raises(RegistryError, match=f"dvc.lock does not name {path} as it is now"):
-        registry.record(root, "classifier")
+        opened(root).record()
     assert refs(root) == before
 
 
@@ -234,11 +243,11 @@ def test_code_is_dirty_only_by_what_the_decision_does_not_carry(root: Path) -> N
 def test_an_unchanged_verdict_is_not_recorded_twice(root: Path) -> None:
     decision = decide(root, 1)
     before = refs(root)
-    assert registry.record(root, "classifier") == (decision, False)
+    assert opened(root).record() == (decision, False)
     assert refs(root) == before
     decide(root, 2, good=False)
     judge(root, 1)
-    assert registry.record(root, "classifier") == (decision, False)  # what is in production needs no promotion
+    assert opened(root).record() == (decision, False)  # what is in production needs no promotion
     assert decide(root, 3).version == "v0.2.0"
 
 
@@ -246,10 +255,10 @@ def test_models_share_the_branch_and_count_on_their_own(root: Path) -> None:
     first = decide(root, 1)
     other = decide(root, 1, name="class")
     assert (first.version, other.version, other.replaces) == ("v0.1.0", "v0.1.0", None)
-    assert registry.latest(root, "classifier") == first
-    assert registry.latest(root, "class") == registry.production(root, "class") == other
-    assert registry.record(root, "classifier") == (first, False)
-    assert registry.latest(root, "nobody") is registry.production(root, "nobody") is None
+    assert latest(root) == first
+    assert latest(root, "class") == production(root, "class") == other
+    assert opened(root).record() == (first, False)
+    assert latest(root, "nobody") is production(root, "nobody") is None
     assert chain(root) == [first, other]
 
 
@@ -257,7 +266,7 @@ def test_versions_and_assignments_are_ordered_as_numbers(root: Path) -> None:
     decisions = [decide(root, number) for number in range(11)]
     assert decisions[-1].version == "v0.11.0"
     assert decisions[-1].replaces == "v0.10.0"
-    assert registry.production(root, "classifier") == decisions[-1]
+    assert production(root) == decisions[-1]
 
 
 @pytest.mark.parametrize(("path", "other"), [(paths.onnx("reduce"), "another model"), (paths.TEST, "other data")])
@@ -267,10 +276,10 @@ def test_a_verdict_of_something_else_is_no_decision(root: Path, path: Path, othe
     before = refs(root)
     (root / path).write_bytes(b"tampered with")
     with pytest.raises(RegistryError, match=f"the verdict judged {other} than {path}"):
-        registry.record(root, "classifier")
+        opened(root).record()
     (root / path).unlink()
     with pytest.raises(RegistryError, match="missing"):
-        registry.record(root, "classifier")
+        opened(root).record()
     assert refs(root) == before
 
 
@@ -291,7 +300,7 @@ def test_a_verdict_of_something_else_is_no_decision(root: Path, path: Path, othe
 def test_a_malformed_verdict_is_an_error(root: Path, changes: dict[str, Any]) -> None:
     judge(root, 1, **changes)
     with pytest.raises(RegistryError, match=r"gate\.json is malformed"):
-        registry.record(root, "classifier")
+        opened(root).record()
     assert "registry" not in refs(root)
 
 
@@ -301,7 +310,7 @@ def test_a_damaged_report_is_an_error(root: Path, name: str, content: bytes) -> 
     write(root, paths.report(name), content)
     Ledger(root).lock()
     with pytest.raises(RegistryError, match=rf"{name}\.json is malformed"):
-        registry.record(root, "classifier")
+        opened(root).record()
     assert "registry" not in refs(root)
 
 
@@ -309,7 +318,7 @@ def test_a_damaged_report_is_an_error(root: Path, name: str, content: bytes) -> 
 def test_a_verdict_at_odds_with_its_checks_is_a_refusal(root: Path, passed: tuple[bool, bool]) -> None:
     check = {"name": "top1", "value": 0.9, "operator": ">=", "limit": 0.8, "passed": passed[1]}
     judge(root, 1, passed=passed[0], checks=[check])
-    decision, _ = registry.record(root, "classifier")
+    decision, _ = opened(root).record()
     assert (decision.outcome, decision.version) == ("refused", None)
     assert git(root, "tag") == ""
 
@@ -320,7 +329,7 @@ def test_a_verdict_at_odds_with_its_checks_is_a_refusal(root: Path, passed: tupl
 def test_a_missing_file_is_named(root: Path, path: str) -> None:
     (root / path).unlink()
     with pytest.raises((RegistryError, ParamsError), match=f"{path} (is missing|does not exist)"):
-        registry.record(root, "classifier")
+        opened(root).record()
 
 
 def test_a_decision_is_coherent() -> None:
@@ -351,16 +360,59 @@ def test_a_decision_is_coherent() -> None:
             Decision(**fields, outcome=outcome, version=version, failed=failed)
 
 
-def test_a_lock_that_a_killed_git_left_is_outlasted(root: Path) -> None:
+def test_a_lock_that_a_killed_git_of_ours_left_is_removed(root: Path) -> None:
     decide(root, 1)
     judge(root, 2)
     git(root, "commit", "--quiet", "--allow-empty", "-m", "Another revision")
-    held = f"{registry.HELD}/{git(root, 'rev-parse', 'HEAD')}"
-    for ref in ("refs/heads/registry", "refs/tags/classifier@v0.2.0", "refs/tags/classifier#production#2", held):
+    kept = f"{CODE_REFS}/{git(root, 'rev-parse', 'HEAD')}"
+    (root / ".git" / MOVER).write_text('{"moving": true}')  # as it is while a git moves refs, and when that was killed
+    for ref in ("refs/heads/registry", "refs/tags/classifier@v0.2.0", "refs/tags/classifier#production#2", kept):
         (root / ".git" / f"{ref}.lock").touch()
-        os.utime(root / ".git" / f"{ref}.lock", (1, 1))
-    assert registry.record(root, "classifier")[0].version == "v0.2.0"
+    assert opened(root).record()[0].version == "v0.2.0"
     assert not list((root / ".git/refs").rglob("*.lock"))
+
+
+@pytest.mark.parametrize("died", [False, True])
+def test_a_lock_that_may_be_held_still_is_named_and_left_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch, died: bool
+) -> None:
+    """However old it is: a git that is only paused would go on, and its compare-and-swap with it."""
+    monkeypatch.setattr("flows.registry.git.WAIT_S", 0.2)
+    decide(root, 1)
+    judge(root, 2)
+    lock = root / ".git/refs/heads/registry.lock"
+    lock.touch()
+    os.utime(lock, (1, 1))  # made long before the git of ours that died, if one did
+    if died:
+        (root / ".git" / MOVER).write_text('{"moving": true}')
+    tip = git(root, "rev-parse", "registry")
+    with pytest.raises(
+        RegistryError, match=r"another git holds .*refs/heads/registry\.lock, or was killed and left it"
+    ):
+        opened(root).record()
+    assert lock.exists()
+    assert git(root, "rev-parse", "registry") == tip
+
+
+def test_nobody_moves_refs_while_a_paused_git_of_ours_may(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.registry.git.TURN_S", 0.2)
+    decide(root, 1)
+    judge(root, 2)
+    with (root / ".git" / MOVER).open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as a git that was started by another process has it
+        with pytest.raises(RegistryError, match="another decision has been moving refs for"):
+            opened(root).record()
+    assert opened(root).record()[0].version == "v0.2.0"
+
+
+@pytest.mark.parametrize("schema", [None, 1, 2, 4])
+def test_a_verdict_of_another_schema_decides_nothing(root: Path, schema: int | None) -> None:
+    """An older judge looked at less: what it would let pass today must face the judge of today."""
+    judge(root, 1, good=False, schema_version=schema, passed=True, checks=[PASSED])
+    before = refs(root)
+    with pytest.raises(RegistryError, match=r"gate\.json is a verdict of schema \d, not 3: run the pipeline again"):
+        opened(root).record()
+    assert refs(root) == before
 
 
 @pytest.mark.parametrize("tags", [["classifier@v0.2.0"], ["classifier@v0.2.0", "classifier#production#2"]])
@@ -370,8 +422,8 @@ def test_a_decision_that_was_cut_off_before_its_tags_gets_them(root: Path, tags:
     before = refs(root)
     for tag in tags:
         git(root, "tag", "--delete", tag)
-    assert registry.production(root, "classifier") == last
-    assert registry.record(root, "classifier") == (last, False)
+    assert production(root) == last
+    assert opened(root).record() == (last, False)
     assert refs(root) == before
 
 
@@ -382,10 +434,10 @@ def test_an_earlier_tag_that_is_missing_or_moved_stops_decisions(root: Path, tag
     git(root, "tag", "--delete", tag)
     judge(root, 3)
     with pytest.raises(RegistryError, match=f"the tag {tag} of a recorded decision is missing"):
-        registry.record(root, "classifier")
+        opened(root).record()
     git(root, "tag", tag, "registry")
     with pytest.raises(RegistryError, match=f"the tag {tag} is not where the registry's decisions have it"):
-        registry.record(root, "classifier")
+        opened(root).record()
 
 
 def test_what_another_promotion_superseded_is_judged_again(root: Path) -> None:
@@ -395,10 +447,8 @@ def test_what_another_promotion_superseded_is_judged_again(root: Path) -> None:
     for path, data in laid.items():
         write(root, path, data)
     before = refs(root)
-    with pytest.raises(
-        registry.Superseded, match=r"compared with no champion, but classifier v0\.1\.0 is in production"
-    ):
-        registry.record(root, "classifier")
+    with pytest.raises(Superseded, match=r"compared with no champion, but classifier v0\.1\.0 is in production"):
+        opened(root).record()
     assert refs(root) == before
 
 
@@ -417,7 +467,7 @@ def test_a_tag_that_came_between_is_left_as_it_is(root: Path, tmp_path: Path, mo
     with monkeypatch.context() as patch:
         meanwhile(tmp_path, patch, "tag classifier@v0.1.0 main")
         with pytest.raises(RegistryError, match=r"there is a tag classifier@v0\.1\.0 already, and no decision has it"):
-            registry.record(root, "classifier")
+            opened(root).record()
     assert refs(root).split()[2::3] == ["refs/heads/main", "refs/tags/classifier@v0.1.0"]
     assert git(root, "rev-parse", "classifier@v0.1.0") == git(root, "rev-parse", "main")
 
@@ -429,7 +479,7 @@ def test_a_refusal_that_came_between_is_built_upon(root: Path, tmp_path: Path, m
     judge(root, 2)
     with monkeypatch.context() as patch:
         meanwhile(tmp_path, patch, f"fetch --quiet --no-tags {rival} registry:registry")
-        decision, new = registry.record(root, "classifier")
+        decision, new = opened(root).record()
     assert new
     assert decision.previous == git(rival, "rev-parse", "registry")
     assert [decision.outcome for decision in chain(root)][-2:] == ["refused", "promoted"]
@@ -444,10 +494,8 @@ def test_a_promotion_that_came_between_has_to_be_faced(
     judge(root, 2)
     with monkeypatch.context() as patch:
         meanwhile(tmp_path, patch, f"fetch --quiet --tags {rival} registry:registry")
-        with pytest.raises(
-            registry.Superseded, match=r"compared with v0\.1\.0, but classifier v0\.2\.0 is in production"
-        ):
-            registry.record(root, "classifier")
+        with pytest.raises(Superseded, match=r"compared with v0\.1\.0, but classifier v0\.2\.0 is in production"):
+            opened(root).record()
     assert git(root, "rev-parse", "registry") == git(rival, "rev-parse", "registry")
 
 
@@ -458,13 +506,13 @@ def test_recorders_at_the_same_time_make_one_chain(root: Path, tmp_path: Path) -
     other = shutil.copytree(root, tmp_path / "other", dirs_exist_ok=True, ignore=lambda *_: {".git"})
     (other / ".dvc/config.local").write_text(f"[cache]\n    dir = {root}/.dvc/cache\n")
     recorded: list[Decision] = []
-    superseded: list[registry.Superseded] = []
+    superseded: list[Superseded] = []
 
     def recorder(where: Path, start: threading.Barrier) -> None:
         start.wait()
         try:
-            recorded.append(registry.record(where, "classifier")[0])
-        except registry.Superseded as error:
+            recorded.append(opened(where).record()[0])
+        except Superseded as error:
             superseded.append(error)
 
     for number in range(5):
@@ -524,7 +572,7 @@ def test_the_users_settings_and_hooks_do_not_matter(root: Path, tmp_path: Path) 
     verdict = (root / paths.report("gate")).read_bytes().replace(b", ", b",\r\n")
     (root / paths.report("gate")).write_bytes(verdict)
     Ledger(root).lock()
-    assert registry.record(root, "classifier")[0].version == "v0.1.0"
+    assert opened(root).record()[0].version == "v0.1.0"
     blob = subprocess.run(["git", "show", "registry:verdict.json"], cwd=root, check=True, capture_output=True).stdout
     assert blob == verdict
     assert "encoding" not in git(root, "cat-file", "commit", "registry")
@@ -537,7 +585,7 @@ def test_the_repository_is_the_roots_own_when_git_is_the_caller(
     with monkeypatch.context() as patch:  # as a hook of another repository would have it
         patch.setenv("GIT_DIR", str(tmp_path / "elsewhere/.git"))
         patch.setenv("GIT_INDEX_FILE", str(tmp_path / "elsewhere/.git/index"))
-        registry.record(root, "classifier")
+        opened(root).record()
     assert "refs/heads/registry" in refs(root)
 
 
@@ -555,8 +603,8 @@ def test_a_shallow_clone_decides_too(root: Path, tmp_path: Path) -> None:
 def test_a_fresh_clone_goes_on_where_its_origin_is(root: Path, tmp_path: Path) -> None:
     first = decide(root, 1)
     other = clone(root, tmp_path / "clone")
-    assert registry.latest(other, "classifier") == registry.production(other, "classifier") == first
-    assert registry.record(other, "classifier") == (first, False)
+    assert latest(other) == production(other) == first
+    assert opened(other).record() == (first, False)
     second = decide(other, 2)
     assert chain(other) == [first, second]
     assert second.version == "v0.2.0"
@@ -566,23 +614,23 @@ def test_a_clone_that_lacks_part_of_the_registry_is_told(root: Path, tmp_path: P
     decide(root, 1)
     decide(root, 2)
     cut = clone(root, tmp_path / "cut", "--depth", "1", "--no-single-branch", "--no-tags")
-    for call in (registry.latest, registry.production, registry.record):
+    for call in (latest, production, record):
         with pytest.raises(RegistryError, match="`git fetch --unshallow` brings what a shallow clone lacks"):
             call(cut, "classifier")
     git(cut, "fetch", "--quiet", "--unshallow", "--no-tags")
     with pytest.raises(RegistryError, match=r"the tag classifier@v0\.1\.0 of a recorded decision is missing"):
-        registry.record(cut, "classifier")
+        opened(cut).record()
 
 
 def test_a_folder_that_cannot_keep_decisions_is_told(root: Path) -> None:
     shutil.rmtree(root / ".git")
-    for call in (registry.record, registry.latest, registry.production):
+    for call in (record, latest, production):
         with pytest.raises(RegistryError, match="not a git repository"):
             call(root, "classifier")
     git(root, "init", "--quiet")
-    assert registry.latest(root, "classifier") is registry.production(root, "classifier") is None
+    assert latest(root) is production(root) is None
     with pytest.raises(RegistryError, match="has no commit yet"):
-        registry.record(root, "classifier")
+        opened(root).record()
 
 
 def test_gto_shows_versions_and_their_history(root: Path) -> None:
@@ -614,34 +662,34 @@ def test_dvc_brings_every_promoted_model_back(root: Path, tmp_path: Path) -> Non
         assert target.read_bytes() == model(number)
 
 
-def test_fetch_copies_a_file_of_the_version_in_production(root: Path, tmp_path: Path) -> None:
-    target = tmp_path / "fetched" / "start.safetensors"
+def test_the_start_is_laid_from_the_version_in_production(root: Path) -> None:
     with pytest.raises(RegistryError, match="classifier has no version in production"):
-        registry.fetch(root, "classifier", paths.weights("finetune"), target)
+        opened(root).lay_start(paths.weights("finetune"))
     decide(root, 1)
     wanted = (root / paths.weights("finetune")).read_bytes()
     decide(root, 2, good=False)
     assert (root / paths.weights("finetune")).read_bytes() != wanted
-    assert registry.fetch(root, "classifier", paths.weights("finetune"), target) == "v0.1.0"
-    assert target.read_bytes() == wanted
+    assert opened(root).lay_start(paths.weights("finetune")) == "v0.1.0"
+    assert (root / paths.START).read_bytes() == wanted
+    assert (root / paths.START_VERSION).read_text() == "v0.1.0"
 
 
-def test_fetch_that_cannot_bring_the_file_leaves_the_target_alone(root: Path, tmp_path: Path) -> None:
-    target = tmp_path / "start.safetensors"
-    target.write_bytes(b"before")
+def test_a_start_that_cannot_be_brought_leaves_what_lies_there(root: Path) -> None:
+    start = root / paths.START
+    files.write_bytes(start, b"before")
     decide(root, 1)
     with pytest.raises(RegistryError, match=r"nothing\.bin of classifier@v0\.1\.0 cannot be brought"):
-        registry.fetch(root, "classifier", Path("data/nothing.bin"), target)
+        opened(root).lay_start(Path("data/nothing.bin"))
     data = (root / paths.weights("finetune")).read_bytes()
     cached = Ledger(root).cached(hashlib.md5(data, usedforsecurity=False).hexdigest())
     cached.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     with pytest.raises(RegistryError, match="is damaged"):
-        registry.fetch(root, "classifier", paths.weights("finetune"), target)
+        opened(root).lay_start(paths.weights("finetune"))
     cached.unlink()
     with pytest.raises(RegistryError, match="cannot be brought"):
-        registry.fetch(root, "classifier", paths.weights("finetune"), target)
-    assert target.read_bytes() == b"before"
-    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+        opened(root).lay_start(paths.weights("finetune"))
+    assert start.read_bytes() == b"before"
+    assert [path.name for path in start.parent.iterdir()] == [start.name]
 
 
 def test_a_decision_without_a_trusted_signature_has_no_say(root: Path) -> None:
@@ -664,9 +712,9 @@ def test_a_decision_without_a_trusted_signature_has_no_say(root: Path) -> None:
     ).stdout.strip()
     commit = git(root, "commit-tree", tree, "-p", "registry", "-m", "forged")
     git(root, "update-ref", "refs/heads/registry", commit)
-    for call in (lambda: judge(root, 3), lambda: registry.production(root, "classifier")):
+    for call in (lambda: judge(root, 3), lambda: production(root)):
         with pytest.raises(RegistryError, match=f"decision {commit[:12]} does not hold: the commit is not signed"):
-            call()
+            call()  # type: ignore[no-untyped-call]
 
 
 def test_only_the_first_key_of_all_enters_itself(root: Path) -> None:
@@ -674,10 +722,10 @@ def test_only_the_first_key_of_all_enters_itself(root: Path) -> None:
     shutil.rmtree(root / ".weighin")
     judge(root, 2)
     with pytest.raises(RegistryError, match=r"is not in deploy/trusted_keys: add this line"):
-        registry.record(root, "classifier")
+        opened(root).record()
     (root / "deploy/trusted_keys").unlink()
     with pytest.raises(RegistryError, match="unknown key"):
-        registry.record(root, "classifier")
+        opened(root).record()
 
 
 def test_a_key_that_nobody_has_reviewed_signs_nothing(root: Path) -> None:
@@ -687,9 +735,9 @@ def test_a_key_that_nobody_has_reviewed_signs_nothing(root: Path) -> None:
     keys.rotate(root, datetime.now(UTC))
     judge(root, 2)
     with pytest.raises(RegistryError, match="is in deploy/trusted_keys here, but not in the last commit"):
-        registry.record(root, "classifier")
+        opened(root).record()
     git(root, "commit", "--quiet", "--all", "-m", "Rotate")
-    assert registry.record(root, "classifier")[0].version == "v0.2.0"
+    assert opened(root).record()[0].version == "v0.2.0"
 
 
 def test_code_that_git_ignores_is_no_part_of_a_commit(root: Path) -> None:
@@ -700,24 +748,23 @@ def test_code_that_git_ignores_is_no_part_of_a_commit(root: Path) -> None:
 
 
 def test_a_model_that_came_back_by_a_promotion_is_not_withdrawn(root: Path) -> None:
-    from flows.audit import audit
-    from flows.rollback import rollback
+    from flows.registry.audit import ALL, audit
 
     for number in (1, 2, 1):
         decide(root, number)
-    rollback(root, "classifier", "v0.1.0", "the same model")
+    opened(root).roll_back("v0.1.0", "the same model")
     assert decide(root, 4).version == "v0.4.0"
-    assert audit(root, "classifier", everything=True).findings == []
+    assert audit(root, "classifier", ALL).findings == []
 
 
 def test_a_clone_that_is_behind_goes_forward(root: Path, tmp_path: Path) -> None:
     decide(root, 1)
     other = clone(root, tmp_path / "other")
-    assert registry.latest(other, "classifier") is not None
+    assert latest(other) is not None
     git(other, "branch", "registry", "origin/registry")
     last = decide(root, 2)
     git(other, "fetch", "--quiet")
-    assert registry.production(other, "classifier") == last
+    assert production(other) == last
     assert git(other, "rev-parse", "registry") == git(root, "rev-parse", "registry")
 
 
@@ -738,4 +785,4 @@ def test_tags_of_others_at_the_remote_do_not_matter(root: Path, tmp_path: Path) 
 def test_a_remote_is_a_name_and_no_option(root: Path, name: str) -> None:
     Ledger(root).params(remote=name)
     with pytest.raises(ParamsError, match=r"registry\.remote"):
-        registry.record(root, "classifier")
+        opened(root).record()

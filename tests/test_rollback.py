@@ -2,17 +2,19 @@
 
 import json
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forgery import flip, loose, output
-from ledger import BIN, MODEL, Ledger, call
+from ledger import BIN, MODEL, Ledger, call, opened, production
 
-from flows.audit import audit
-from flows.rollback import rollback
-from tasks.core import files, paths, registry
+from flows.registry.audit import ALL, audit
+from flows.registry.decision import Decision
+from flows.registry.refs import BRANCH
+from tasks.core import files, paths
 from tasks.core.errors import RegistryError
-from tasks.core.registry import BRANCH, Decision
 
 SHIPPED = paths.onnx("reduce").as_posix()
 
@@ -41,11 +43,11 @@ def shared(tmp_path: Path) -> Ledger:
 
 
 def back(ledger: Ledger, version: str | None = None, said: list[str] | None = None) -> Decision:
-    return rollback(ledger.root, MODEL, version, "wrong at night", (said if said is not None else []).append)
+    return opened(ledger.root, say=(said if said is not None else []).append).roll_back(version, "wrong at night")
 
 
 def holds(ledger: Ledger, remote: bool = False) -> bool:
-    return not audit(ledger.root, MODEL, None, True, "origin" if remote else None).findings
+    return not audit(ledger.root, MODEL, ALL, "origin" if remote else None).findings
 
 
 def refs(ledger: Ledger) -> str:
@@ -60,8 +62,8 @@ def test_the_version_before_goes_back_and_who_and_why_are_recorded(ledger: Ledge
     assert decision.previous == second
     assert json.loads(ledger.git("show", "registry:decision.json")) == decision.model_dump(mode="json")
     assert ledger.git("rev-parse", f"{MODEL}#production#3^{{}}") == first
-    production = registry.production(ledger.root, MODEL)
-    assert production and production.version == "v0.1.0"
+    now = production(ledger.root)
+    assert now and now.version == "v0.1.0"
     infra = json.loads(ledger.git("show", "registry:infra.json"))
     assert all(one["same_top1"] and one["repeatable"] for one in infra["golden"].values())
     assert "packages" in infra["environment"]
@@ -95,7 +97,7 @@ def test_the_next_challenger_has_to_face_the_version_that_is_back(ledger: Ledger
     assert champion["version"] == "v0.1.0"
     first = output(ledger, f"{MODEL}@v0.1.0", SHIPPED)["digest"]["sha256"]
     assert files.sha256(ledger.root / paths.CHAMPION_MODEL) == first
-    decision, _ = registry.record(ledger.root, MODEL, say=lambda _: None)
+    decision, _ = opened(ledger.root).record()
     assert (decision.version, decision.replaces) == ("v0.3.0", "v0.1.0")
     assert holds(ledger)
 
@@ -224,3 +226,51 @@ def test_a_refusal_meanwhile_does_not(shared: Ledger, tmp_path: Path) -> None:
     assert any("reached the registry first" in one for one in said)
     assert decision.previous == other.git("rev-parse", "registry")
     assert holds(shared, remote=True)
+
+
+def lose(ledger: Ledger, name: str) -> None:
+    """A git object is gone."""
+    path = loose(ledger, name)
+    path.chmod(stat.S_IWUSR | stat.S_IRUSR)
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda ledger: lose(ledger, f"{MODEL}@v0.1.0^{{}}:verdict.json"),
+        lambda ledger: lose(ledger, f"{MODEL}@v0.1.0^{{}}:decision.json"),
+        lambda ledger: lose(ledger, f"{MODEL}@v0.1.0^{{}}:bundle.sig"),
+        lambda ledger: ledger.git("tag", "-d", f"{MODEL}@v0.1.0"),
+        lambda ledger: flip(ledger.cached(output(ledger, f"{MODEL}@v0.1.0^{{}}", SHIPPED)["annotations"]["md5"])),
+    ],
+    ids=["verdict", "decision", "signature", "tag", "artifact"],
+)
+def test_damage_of_decisions_before_the_target_does_not_keep_it_out(ledger: Ledger, damage: Callable[..., Any]) -> None:
+    """An emergency needs what holds: the chain from the newest decision back to the target, and the target."""
+    ledger.decide(3)
+    damage(ledger)
+    said: list[str] = []
+    decision = back(ledger, "v0.2.0", said)
+    assert (decision.version, decision.replaces) == ("v0.2.0", "v0.3.0")
+    assert ledger.git("rev-parse", f"{MODEL}#production#4^{{}}") == ledger.git("rev-parse", f"{MODEL}@v0.2.0^{{}}")
+    assert audit(ledger.root, MODEL, ALL).damage
+    told = any(line.startswith("DAMAGE elsewhere in the registry") for line in said)
+    assert told == bool(audit(ledger.root, MODEL).damage)  # the artifacts of others are not read
+
+
+@pytest.mark.parametrize("version", ["v0.2.0", "v0.3.0"], ids=["target", "between"])
+def test_damage_of_the_target_or_of_the_chain_above_it_keeps_it_out(ledger: Ledger, version: str) -> None:
+    ledger.decide(3)
+    lose(ledger, f"{MODEL}@{version}^{{}}:decision.json")
+    tip = ledger.git("rev-parse", "registry")
+    with pytest.raises(RegistryError, match=r"does not hold|no version|nothing to roll back"):
+        back(ledger, "v0.2.0")
+    assert ledger.git("rev-parse", "registry") == tip
+
+
+def test_damage_elsewhere_keeps_a_new_version_out(ledger: Ledger) -> None:
+    """A promotion is no emergency: it stands on the whole chain."""
+    lose(ledger, f"{MODEL}@v0.1.0^{{}}:decision.json")
+    with pytest.raises(RegistryError, match="does not hold"):
+        ledger.decide(3)

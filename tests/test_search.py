@@ -20,8 +20,9 @@ from workspace import BIN, FAILED, RECIPE, WAIT_S, Workspace, checkout, wait_for
 
 from flows import search
 from flows.front import line
-from tasks.core import config, costs, files, paths
-from tasks.core.costs import Operator
+from tasks.budget import costs
+from tasks.budget.costs import Operator
+from tasks.core import config, files, paths
 from tasks.core.errors import ParamsError, StageError
 
 ROOT = Path(__file__).parents[1]
@@ -238,9 +239,9 @@ def test_a_study_belongs_to_what_its_trials_depend_on(
 
 
 def test_limits_are_rounded_up() -> None:
-    assert search.upward(14_756.2, "size_bytes") == 14_757
-    assert search.upward(0.0111111, "latency_ms") == 0.01112
-    assert search.upward(12.0, "latency_ms") == 12.0
+    assert search.round_up(14_756.2, "size_bytes") == 14_757
+    assert search.round_up(0.0111111, "latency_ms") == 0.01112
+    assert search.round_up(12.0, "latency_ms") == 12.0
 
 
 def test_a_device_that_was_not_measured_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,8 +11,10 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from workspace import OWN_GIT
 
-from tasks.core import files, keys, signing
+from flows.registry import keys, signing
+from tasks.core import files
 from tasks.core.errors import RegistryError
 
 AT = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
@@ -22,8 +23,8 @@ SECOND = timedelta(seconds=1)
 
 @pytest.fixture(autouse=True)
 def _own_git(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    for name, value in OWN_GIT.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("TZ", "America/New_York")
     monkeypatch.delenv(keys.VARIABLE, raising=False)
 
@@ -86,7 +87,7 @@ def with_public_key(path: Path) -> Path:
 
 def by_ssh_keygen(root: Path, key: Path, *options: str, data: bytes) -> str:
     command = ["ssh-keygen", "-q", "-Y", "sign", "-f", key, *options]
-    return subprocess.run(command, cwd=root, input=data, check=True, capture_output=True).stdout.decode()
+    return subprocess.run(command, cwd=root, input=data, check=True, capture_output=True).stdout.decode()  # type: ignore[arg-type]
 
 
 def flipped(data: bytes) -> Iterator[bytes]:
@@ -251,8 +252,8 @@ def by_model_signing(folder: Path, public_key: ec.EllipticCurvePublicKey) -> boo
 
     pem = folder.parent / "public.pem"
     pem.write_bytes(public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    config = hashing.Config().set_ignored_paths(paths=["signature.json"], ignore_git_paths=False)
-    verifier = verifying.Config().use_elliptic_key_verifier(public_key=pem).set_hashing_config(config)
+    config = hashing.Config().set_ignored_paths(paths=["signature.json"], ignore_git_paths=False)  # type: ignore[no-untyped-call]
+    verifier = verifying.Config().use_elliptic_key_verifier(public_key=pem).set_hashing_config(config)  # type: ignore[no-untyped-call]
     try:
         verifier.verify(folder, folder / "signature.json")
     except Exception:  # whatever it raises
@@ -268,7 +269,7 @@ def agreed(folder: Path, public_key: ec.EllipticCurvePublicKey) -> str | None:
         lambda: signing.verify_manifest(folder / "signature.json", digests(folder), public_key),
     ):
         try:
-            check()
+            check()  # type: ignore[no-untyped-call]
             words.append(None)
         except RegistryError as error:
             words.append(str(error))
@@ -285,7 +286,7 @@ def test_model_signings_command_takes_the_signature(root: Path, folder: Path) ->
     public.write_bytes(made.public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     command = [Path(sys.executable).parent / "model_signing", "verify", "key", folder]
     command += ["--signature", folder / "signature.json", "--public_key", public]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # type: ignore[arg-type]
     assert (done.returncode, done.stdout) == (0, "Verification succeeded\n")
 
 

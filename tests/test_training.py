@@ -15,9 +15,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from tasks.core import backbone, config, files, training
-from tasks.core.backbone import Spec
+from tasks.core import config, files
 from tasks.core.errors import StageError
+from tasks.nets import backbone, training
+from tasks.nets.backbone import Spec
 
 CLASSES = tuple("0123456789")
 SMALL = "test_efficientnet"  # convolutions, BatchNorm and 100,000 parameters

@@ -83,7 +83,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[
         data.loc[row(data, copy), columns] = data.loc[row(data, path), columns]
     lost = row(data, "bag/val-1.png")
     data.loc[lost, ["width", "height", "pixels_sha256", "split", "std"]] = None
-    data.loc[lost, ["readable", "reason"]] = [False, "image file is truncated"]
+    data.loc[lost, ["readable", "reason"]] = [False, "image file is truncated"]  # type: ignore[assignment, index]
     data = data[~data["path"].isin(["bag/val-2.png", "bag/val-3.png"])]
     more = manifest(per_split=40).query("label == 'shirt' and path not in @data.path")
     docs = tmp_path_factory.mktemp("bad") / "docs"

@@ -19,12 +19,15 @@ import pytest
 from ruamel.yaml import YAML
 
 from tasks import STAGES
+from tasks.core import quiet
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 RECIPE = "data/recipes/mlp-digits.yaml"
 PROMOTED, FAILED, USAGE, REFUSED = 0, 1, 2, 3
 WAIT_S = 120
+# A git that knows none of the machine's settings.
+OWN_GIT = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "TZ": "UTC"}
 
 
 class Workspace:
@@ -123,7 +126,7 @@ def server(home: Path) -> Iterator[str]:
     """A Prefect server of its own."""
     port = free_port()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1"}.items():
+        for name, value in (quiet.SETTINGS | {"PREFECT_HOME": str(home)}).items():
             patch.setenv(name, value)
         command = [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)

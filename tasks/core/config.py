@@ -15,6 +15,7 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Column = Annotated[str, Field(min_length=1)]
+Remote = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w./-]*$")]  # a name, which git takes for no option
 
 RESERVED = (
     *("path", "label", "image", "width", "height", "mode", "bytes", "sha256", "pixels_sha256", "split", "mean", "std"),
@@ -262,7 +263,9 @@ class Slice(Section):
 
     min_count: Count = Field(30, description="with fewer test images a slice is listed, not judged")
     min_top1: Fraction = Field(description="in the worst slice")
-    max_regression: Fraction | None = Field(None, description="top-1 of the champion minus ours, in the worst slice")
+    max_regression: Fraction | None = Field(
+        None, description="top-1 of the champion minus ours, in the slice that lost most"
+    )
 
 
 class Gate(Section):
@@ -286,9 +289,7 @@ class Gate(Section):
 class Registry(Section):
     """Where decisions are kept."""
 
-    remote: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9_][\w./-]*$", description="git remote that holds the registry; null: only here"
-    )
+    remote: Remote | None = Field(None, description="git remote that holds the registry; null: only here")
     reproduce_tolerance: Fraction = Field(
         0.01, description="top-1 may differ by this when reproduced on another kind of machine"
     )
@@ -332,8 +333,13 @@ class Params(Section):
 
 def load(path: Path = PARAMS) -> Params:
     """The parameters in `path`, checked; `ParamsError` names the first key that is wrong and what it should be."""
+    return read(read_bytes(path), path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a parameter file; `ParamsError` if it cannot be read."""
     try:
-        return read(path.read_bytes(), path)
+        return path.read_bytes()
     except FileNotFoundError:
         raise ParamsError(f"{path} does not exist: give a parameter file, such as params.yaml") from None
     except OSError as error:
@@ -342,17 +348,22 @@ def load(path: Path = PARAMS) -> Params:
 
 def read(data: bytes, name: Path) -> Params:
     """The parameters in the content of a file, checked as `load` does."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        content = YAML(typ="safe").load(data.decode())
-    except (YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that no calendar has
-        raise ParamsError(f"{name} is not YAML: {_problem(error)}") from None
+    content = parse_yaml(data, name)
     try:
         return Params.model_validate(content)
     except ValidationError as error:
         raise ParamsError(f"{name}: {_sentence(error)}") from None
+
+
+def parse_yaml(data: bytes, name: Path) -> Any:
+    """The content of a YAML file, unchecked; `ParamsError` if it is not YAML."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe").load(data.decode())
+    except (YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that no calendar has
+        raise ParamsError(f"{name} is not YAML: {_problem(error)}") from None
 
 
 def _problem(error: Exception) -> str:
@@ -374,7 +385,7 @@ def _sentence(error: ValidationError) -> str:
     return f"{where}: {first['msg'].removeprefix('Value error, ')}{got}{more}"
 
 
-def _suggestion(location: tuple[Any, ...]) -> str:
+def _suggestion(location: tuple[object, ...]) -> str:
     section: Any = Params
     for part in location[:-1]:
         field = fields(section).get(str(part))
@@ -392,7 +403,7 @@ def fields(section: type[Section]) -> dict[str, Any]:
     return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
-def section_of(annotation: Any) -> type[Section] | None:
+def section_of(annotation: object) -> type[Section] | None:
     """The section type in an annotation such as `Blocks | None`, or None for a plain value."""
     for candidate in (annotation, *getattr(annotation, "__args__", ())):
         if isinstance(candidate, type) and issubclass(candidate, Section):
@@ -400,27 +411,27 @@ def section_of(annotation: Any) -> type[Section] | None:
     return None
 
 
-def explained(params: Params) -> list[tuple[str, str, str, str]]:
+def explain(params: Params) -> list[tuple[str, str, str, str]]:
     """Every parameter in the file's order: dotted name, value, bounds, meaning.
 
     The keys of a section that is null are there without a value.
     """
-    return list(_explained(Params, params, ""))
+    return list(_explain_section(Params, params, ""))
 
 
-def _explained(kind: type[Section], section: Section | None, prefix: str) -> Iterator[tuple[str, str, str, str]]:
+def _explain_section(kind: type[Section], section: Section | None, prefix: str) -> Iterator[tuple[str, str, str, str]]:
     for name, field in fields(kind).items():
         value = getattr(section, f"{name}_" if field.alias else name, None)
         inner = section_of(field.annotation)
         if isinstance(value, dict):
             for key, part in value.items():
-                yield from _explained(type(part), part, f"{prefix}{name}.{key}.")
+                yield from _explain_section(type(part), part, f"{prefix}{name}.{key}.")
             continue
         if not isinstance(value, Section):
             shown = ", ".join(value) if isinstance(value, tuple) else "null" if value is None else str(value)
             yield f"{prefix}{name}", shown if section else "", _bounds(field), field.description or ""
         if inner:
-            yield from _explained(inner, value, f"{prefix}{name}.")
+            yield from _explain_section(inner, value, f"{prefix}{name}.")
 
 
 def _bounds(field: Any) -> str:

@@ -23,6 +23,18 @@ class RegistryError(WeighinError):
     """A decision could not be read or recorded."""
 
 
+MENDABLE = (WeighinError, OSError, MemoryError)  # what a user can put right, and is told in a sentence
+
+
+def describe(error: BaseException) -> str:
+    """The sentence that tells a user what is wrong."""
+    if isinstance(error, MemoryError):
+        return "out of memory: lower the batch size or the image size in params.yaml"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input or output'}: {error.strerror or error}"
+    return str(error) or type(error).__name__
+
+
 def first_line(error: Exception) -> str:
     """What an exception of others says, in one line; its name if it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)
@@ -41,16 +53,9 @@ def run(main: Callable[[], None]) -> None:
         main()
         if _params() != before:
             raise StageError(f"{PARAMS} changed while the stage was at work: run again")
-    except WeighinError as error:
-        sentence = str(error)
-    except OSError as error:
-        sentence = f"{error.filename or 'input or output'}: {error.strerror or error}"
-    except MemoryError:
-        sentence = "out of memory: lower the batch size or the image size in params.yaml"
-    else:
-        return
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    raise SystemExit(1)
+    except MENDABLE as error:
+        print(f"error: {describe(error)}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
 
 
 def _params() -> bytes:

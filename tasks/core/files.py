@@ -13,6 +13,8 @@ from typing import Any
 from tasks.core.errors import WeighinError
 from tasks.core.paths import CHECKPOINTS
 
+Json = dict[str, Any]  # a JSON object, as `to_json` writes it
+
 
 @contextlib.contextmanager
 def replacing(*targets: Path) -> Iterator[tuple[Path, ...]]:
@@ -75,7 +77,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write `content` as indented JSON; numbers that are not finite are refused, since JSON has none."""
     try:
         data = to_json(content)
@@ -84,7 +86,7 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, data)
 
 
-def to_json(content: Any) -> bytes:
+def to_json(content: object) -> bytes:
     """`content` as every JSON file here has it; `ValueError` at a number that is not finite."""
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
@@ -99,15 +101,15 @@ def read_json(path: Path) -> Any:
         raise WeighinError(f"{path} is not JSON ({error}); run the stage that writes it again") from None
 
 
-def packed(data: bytes) -> bytes:
+def pack(data: bytes) -> bytes:
     """The bytes as one frame of Zstandard (RFC 8878), as small as its level 19 makes them."""
     import zstandard
 
     return zstandard.ZstdCompressor(level=19).compress(data)
 
 
-def unpacked(path: Path) -> bytes:
-    """What a file of `packed` bytes holds; `WeighinError` if it is not one frame and nothing behind it."""
+def unpack(path: Path) -> bytes:
+    """What a file of `pack` bytes holds; `WeighinError` if it is not one frame and nothing behind it."""
     import zstandard
 
     try:
@@ -120,6 +122,12 @@ def sha256(path: Path) -> str:
     """The file's SHA-256, 64 hexadecimal digits; read in pieces, so memory does not grow with the file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def md5(path: Path) -> str:
+    """The file's MD5, by which DVC knows it, 32 hexadecimal digits; nothing is trusted for it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def sha256_of(data: bytes) -> str:

@@ -28,21 +28,14 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tasks import benchmark, finetune, prune, quantize, reduce
-from tasks.core import (
-    allocation,
-    backbone,
-    config,
-    costs,
-    distillation,
-    files,
-    graph,
-    importance,
-    masks,
-    paths,
-    training,
-)
+from tasks.budget import allocation, costs
+from tasks.budget.plan import Plan
+from tasks.core import config, files, machine, paths
 from tasks.core.errors import StageError, run
-from tasks.core.export import export
+from tasks.graphs import calibration, graph
+from tasks.images import splits
+from tasks.nets import backbone, distillation, importance, masks, training
+from tasks.nets.export import export
 
 REPORT = ROOT / paths.REPORTS / "bench" / "ablation.json"
 TRAIN, VAL, TEST = (ROOT / path for path in (paths.TRAIN, paths.VAL, paths.TEST))
@@ -130,7 +123,7 @@ def in_rounds(job: Job) -> prune.Pruned:
     limits = [limit and limit * margin for limit, margin in zip(asked, prune.MARGIN, strict=True)]
     images, held_out = (training.Images(split, job.spec.preprocessing, job.spec.classes) for split in (TRAIN, VAL))
     head, example = backbone.head(job.teacher), stack([held_out[index][0] for index in range(2)])
-    look = functools.partial(prune.survey, train=images, example=example, head=head)
+    look = functools.partial(prune.survey_channels, train=images, example=example, head=head)
     *_, whole = look(copy.deepcopy(job.teacher), job.effects)
     slim = copy.deepcopy(job.teacher)
     masks.remove_blocks(slim, allocation.allocate(whole, allocation.Limits(*limits), job.table).blocks)
@@ -147,9 +140,9 @@ def in_rounds(job: Job) -> prune.Pruned:
         with tempfile.TemporaryDirectory(dir=job.folder) as scratch:
             checkpoint = Path(scratch) / "checkpoint.pt"
             distillation.distill(slim, job.teacher, params, images, held_out, checkpoint=checkpoint, after_step=hold)
-    removed = masks.behind(slim, full, plan.widths)
+    removed = masks.zeroed_channels(slim, full, plan.widths)
     return prune.Pruned(
-        prune.masked(job.teacher, slim, removed, example), {"channels": removed, "float32": plan.float32}, []
+        prune.build_masked(job.teacher, slim, removed, example), Plan(channels=removed, float32=plan.float32), []
     )
 
 
@@ -158,7 +151,7 @@ def with_features(job: Job) -> prune.Pruned:
 
     Tung and Mori 2019, Similarity-Preserving Knowledge Distillation, arXiv:1907.09682, with its weight.
     """
-    head, plain_distill, plain_answered = backbone.head(job.teacher), distillation.distill, distillation.answered
+    head, plain_distill, plain_answered = backbone.head(job.teacher), distillation.distill, distillation.loss_of_answers
 
     def likeness(features: Tensor) -> Tensor:
         return functional.normalize(features @ features.T)
@@ -203,11 +196,11 @@ def uniform(job: Job, found: prune.Pruned) -> prune.Pruned:
     while True:
         ratio += STEP
         slim = copy.deepcopy(job.teacher)
-        masks.remove_blocks(slim, [block["name"] for block in found.plan["blocks"]])
+        masks.remove_blocks(slim, [block.name for block in found.plan.blocks])
         removed = masks.remove_channels(slim, config.Channels(ratio=ratio), example, head).removed
         if prune.sparsity(slim)["parameters"] <= aim:
             break
-    plan = {"channels": removed, "float32": found.plan["float32"]}
+    plan = Plan(channels=removed, float32=found.plan.float32)
     with tempfile.TemporaryDirectory(dir=job.folder) as scratch:
         checkpoint = Path(scratch) / "checkpoint.pt"
         return prune.finish(job.teacher, slim, plan, job.params.prune, images, held_out, checkpoint)
@@ -220,7 +213,7 @@ def written(job: Job, name: str, net: nn.Module, float32: list[str]) -> dict[str
     made = {stage: folder / f"{stage}.onnx" for stage in ("prune", "quantize", "reduce")}
     export(net, job.spec, made["prune"])
     images = quantize.calibration_images(TRAIN, job.spec.classes, job.params.quantize.calibration_images)
-    model = quantize.quantize(made["prune"], images, job.spec.preprocessing, job.params.quantize, float32)
+    model = calibration.quantize(made["prune"], images, job.spec.preprocessing, job.params.quantize, float32)
     onnx.save(model, made["quantize"])
     onnx.save(reduce.reduce(model)[0], made["reduce"])
     return made
@@ -235,7 +228,7 @@ def heavy(quantized: Path, target: Path) -> Path:
 
 def own_files(job: Job, found: prune.Pruned) -> dict[str, Path]:
     """The recipe's final file, and what it would be without one of the later steps."""
-    made = written(job, RECIPE, found.net, found.plan["float32"])
+    made = written(job, RECIPE, found.net, found.plan.float32)
     in_float = job.folder / "float32.onnx"
     onnx.save(graph.in_float(onnx.load(made["reduce"])), in_float)
     return {
@@ -287,7 +280,7 @@ def another(name: str, job: Job, found: prune.Pruned) -> dict[str, Path]:
     try:
         with known(job):
             other = ROWS[name](job, found)
-        made = written(job, name, other.net, other.plan["float32"])["reduce"]
+        made = written(job, name, other.net, other.plan.float32)["reduce"]
     except StageError as error:
         print(f"{name}, seed {job.seed}: {error}", flush=True)
         return {}
@@ -302,14 +295,14 @@ def measure(models: dict[str, Path], params: config.Params) -> dict[str, dict[st
 
 
 def weighed(model: Path, params: config.Params, times: Any) -> dict[str, float]:
-    actual, _ = benchmark.dataset.columns(TEST, params.classes)
+    actual, _ = splits.columns(TEST, params.classes)
     predicted = benchmark.answers(model, TEST, params.benchmark.threads)
     weight = benchmark.weight(model)
     return {
         "top1": benchmark.accuracy(actual, predicted, params.classes)["top1"],
         "size_bytes": weight["size_bytes"],
         "zst_bytes": weight["zst_bytes"],
-        "latency_p50_ms": benchmark.latency(times)["latency_p50_ms"],
+        "latency_p50_ms": benchmark.latency(times).latency_p50_ms,
     }
 
 
@@ -328,7 +321,7 @@ def report(params: config.Params, models: list[dict[str, Path]]) -> None:
     seeds = [measure(made, params) for made in models]
     names = dict.fromkeys(name for rows in seeds for name in rows)
     table = {name: [rows[name] for rows in seeds if name in rows] for name in names}
-    files.write_json(REPORT, {"seeds": len(seeds), "processor": benchmark.processor(), "rows": table})
+    files.write_json(REPORT, {"seeds": len(seeds), "processor": machine.processor(), "rows": table})
     print("", HEADER, *(line(name, rows) for name, rows in table.items()), sep="\n")
     pairs = list(zip(table[REFERENCE], table[RECIPE], strict=True))
     claims = {

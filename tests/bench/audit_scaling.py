@@ -24,9 +24,9 @@ TARGET = Path(__file__).parents[2] / "data/reports/bench/audit_scaling.json"
 ALONE = f"""
 import json, resource, sys, time
 from pathlib import Path
-from flows.audit import audit
+from flows.registry.audit import audit
 started = time.perf_counter()
-report = audit(Path.cwd(), "{MODEL}", None, True, None)
+report = audit(Path.cwd(), "{MODEL}", "all")
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
 print(json.dumps({{
     "seconds": time.perf_counter() - started,

@@ -34,10 +34,13 @@ sys.path.insert(0, str(ROOT))
 from peers import REPETITIONS, medians
 
 from flows import profile, search
-from tasks import benchmark, prune, quantize, reduce
-from tasks.core import backbone, config, costs, distillation, files, importance, paths, training
+from tasks import prune, quantize, reduce
+from tasks.budget import costs
+from tasks.core import config, files, machine, paths
 from tasks.core.errors import StageError, run
-from tasks.core.export import export
+from tasks.graphs import calibration
+from tasks.nets import backbone, distillation, importance, training
+from tasks.nets.export import export
 
 YARDSTICK = "reduce"
 REPORT = paths.REPORTS / "bench" / "budgets.json"
@@ -74,7 +77,7 @@ def looked_at_once(job: Job) -> Iterator[None]:
     train, val = (training.Images(split, spec.preprocessing, spec.classes) for split in (paths.TRAIN, paths.VAL))
     example = torch.stack([val[index][0] for index in range(2)])
     effects = importance.blocks(teacher, example, lambda: training.evaluate(teacher, val)[1])
-    survey, head = prune.survey, backbone.head(teacher)
+    survey, head = prune.survey_channels, backbone.head(teacher)
     whole = survey(copy.deepcopy(teacher), effects, train, example, head)
 
     def surveyed(net: nn.Module, asked: dict[str, float], *more: Any) -> Any:
@@ -96,7 +99,7 @@ def drawn(within: search.Bounds) -> list[Limits]:
     budgets = []
     for number in range(FEASIBLE):
         ends = {name: np.log(within[name]) for name in KINDS[number % len(KINDS)]}
-        budgets.append({name: search.upward(float(np.exp(random.uniform(*end))), name) for name, end in ends.items()})
+        budgets.append({name: search.round_up(float(np.exp(random.uniform(*end))), name) for name, end in ends.items()})
     return budgets
 
 
@@ -109,11 +112,11 @@ def compressed(job: Job, limits: Limits, path: Path) -> costs.Cost:
             job.teacher, job.spec, budget, job.params.prune, job.table, paths.TRAIN, paths.VAL, checkpoint
         )
         export(found.net, job.spec, masked)
-        quantized = quantize.quantize(
-            masked, job.calibration, job.spec.preprocessing, job.params.quantize, found.plan["float32"]
+        quantized = calibration.quantize(
+            masked, job.calibration, job.spec.preprocessing, job.params.quantize, found.plan.float32
         )
     onnx.save(reduce.reduce(quantized)[0], path)
-    return costs.Cost(found.plan["size_bytes"], found.plan["latency_ms"])
+    return costs.Cost(found.plan.size_bytes, found.plan.latency_ms)
 
 
 def offered(job: Job, limits: Limits) -> tuple[str, Limits | None]:
@@ -155,7 +158,7 @@ def measure(job: Job, within: search.Bounds, before: float) -> dict[str, Any]:
     least = {name: low * INFEASIBLE for name, (low, _) in within.items()}
     refusals = []
     for number, kind in enumerate(KINDS, 1):
-        limits = {name: search.upward(least[name], name) for name in kind}
+        limits = {name: search.round_up(least[name], name) for name in kind}
         said, offer = offered(job, limits)
         refusals.append({"budget": limits, "said": said, "offer": offer})
         print(f"{limits}: {said or 'NOT REFUSED'}", flush=True)
@@ -203,7 +206,7 @@ def main() -> None:
         if (limit := one["budget"].get("latency_ms")) is not None:
             took = found["undivided_latency_ms"][one["name"]]
             print(f"{one['name']:>9} {took:.4f} ms of {limit:.4f} {'met' if took <= limit else 'MISSED'}")
-    about = {"seed": SEED, "margin": prune.MARGIN._asdict(), "processor": benchmark.processor()}
+    about = {"seed": SEED, "margin": prune.MARGIN._asdict(), "processor": machine.processor()}
     device = params.benchmark.model_dump() | {"repetitions": REPETITIONS}
     files.write_json(REPORT, about | {"profile": device} | found)
     missed = [one["name"] for one in found["rows"] if not one["met"]]

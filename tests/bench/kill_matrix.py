@@ -33,9 +33,9 @@ import psutil
 from ruamel.yaml import YAML
 from workspace import BIN, FAILED, PROMOTED, RECIPE, Workspace, checkout, free_port, wait_for
 
-from flows.reproduce import MEASURED
+from flows.registry.reproduce import MEASURED
 from tasks import STAGES
-from tasks.core import files, paths
+from tasks.core import files, paths, quiet
 
 TARGET = ROOT / paths.REPORTS / "bench" / "kill_matrix.json"
 SEED = 1
@@ -81,10 +81,10 @@ def decided(name: str, shared: bool, folder: Path) -> list[Row]:
 def server(home: Path) -> Iterator[str]:
     """A Prefect server of its own."""
     port = free_port()
-    os.environ |= {"PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1"}
+    os.environ |= quiet.SETTINGS | {"PREFECT_HOME": str(home)}
     command = [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True)
+    nowhere = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=nowhere, stderr=nowhere, start_new_session=True)
 
     def healthy() -> bool:
         with contextlib.suppress(httpx.HTTPError):

@@ -27,7 +27,7 @@ def reader(folder: Path) -> Any:
     """The calibration images as ONNX Runtime's quantizer reads them."""
     from onnxruntime.quantization import CalibrationDataReader
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self.pending = feeds(folder)
 

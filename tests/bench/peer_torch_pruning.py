@@ -14,10 +14,11 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from tasks.core import backbone, config, paths, training
-from tasks.core.backbone import Spec
+from tasks.core import config, paths
 from tasks.core.errors import StageError, run
-from tasks.core.export import export
+from tasks.nets import backbone, training
+from tasks.nets.backbone import Spec
+from tasks.nets.export import export
 
 RATIO = 0.5
 MULTIPLE = 16  # the kept counts that Weighin's recipe asks for, too: kernels are fastest so

@@ -20,8 +20,11 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tasks import benchmark, quantize
-from tasks.core import config, dataset, files, paths, session
+from tasks.core import config, files, machine, paths
 from tasks.core.errors import StageError, first_line, run
+from tasks.graphs import calibration
+from tasks.images import splits
+from tasks.runtime import session
 
 HERE = Path(__file__).parent
 TARGET = ROOT / paths.REPORTS / "bench" / "peers.json"
@@ -86,7 +89,7 @@ def hand_over(folder: Path) -> None:
         (folder / f"{stage}.onnx").write_bytes((ROOT / paths.onnx(stage)).read_bytes())
     preprocessing, classes = session.description(session.open_session(folder / "finetune.onnx", threads=1))
     images = quantize.calibration_images(ROOT / paths.TRAIN, classes, CALIBRATION_IMAGES)
-    batches = iter(quantize.Reader(images, preprocessing).get_next, None)
+    batches = iter(calibration.Reader(images, preprocessing).get_next, None)
     np.save(folder / "calibration.npy", np.stack([batch["image"] for batch in batches]))
 
 
@@ -124,7 +127,7 @@ def described(source: Path, target: Path, original: onnx.ModelProto) -> None:
 def weighed(model: Path, copy: Path, original: onnx.ModelProto, params: config.Params) -> dict[str, Any]:
     """Top-1 on the test split and `benchmark.weight`, of a copy with metadata; `StageError` if it does not run."""
     test = ROOT / paths.TEST
-    actual, _ = dataset.columns(test, params.classes)
+    actual, _ = splits.columns(test, params.classes)
     try:
         described(model, copy, original)
         predicted = benchmark.answers(copy, test, params.benchmark.threads)
@@ -138,7 +141,12 @@ def medians(models: dict[str, Path], profile: config.Benchmark) -> dict[str, dic
     """p50 and p90 in milliseconds by model, each the median of the repetitions."""
     runs = []
     for _ in range(REPETITIONS):
-        runs.append({name: benchmark.latency(times) for name, times in benchmark.latencies(models, profile).items()})
+        runs.append(
+            {
+                name: benchmark.latency(times).model_dump()
+                for name, times in benchmark.latencies(models, profile).items()
+            }
+        )
     keys = ("latency_p50_ms", "latency_p90_ms")
     return {name: {key: float(np.median([run[name][key] for run in runs])) for key in keys} for name in models}
 
@@ -211,11 +219,9 @@ def main() -> None:
         bests = {key: best(entries, key) for key in ("size_bytes", "latency_p50_ms")}
         print(sentence("bytes of the smallest peer", bests["size_bytes"]))
         print(sentence("p50 of the fastest peer", bests["latency_p50_ms"]))
-    machine = {"processor": benchmark.processor(), "cores": os.cpu_count()}
+    here = {"processor": machine.processor(), "cores": os.cpu_count()}
     profile = params.benchmark.model_dump() | {"repetitions": REPETITIONS}
-    files.write_json(
-        TARGET, {"profile": profile, "machine": machine, "models": entries, "failed": reasons, "best": bests}
-    )
+    files.write_json(TARGET, {"profile": profile, "machine": here, "models": entries, "failed": reasons, "best": bests})
 
 
 if __name__ == "__main__":

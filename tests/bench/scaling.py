@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from tasks.core import config, files, paths
 from tasks.core.errors import StageError, run
-from tasks.core.probe import peak_rss_bytes
+from tasks.runtime.probe import peak_rss_bytes
 
 REPORT = ROOT / paths.REPORTS / "bench" / "scaling.json"
 NETWORKS = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2", "resnet18", "mobilenetv2_100")
@@ -70,7 +70,7 @@ def start(network: str, side: int) -> dict[str, Any]:
     import torch
     from PIL import Image
 
-    from tasks.core import backbone
+    from tasks.nets import backbone
 
     random = np.random.default_rng(0)
     for name, count in SPLITS.items():
@@ -92,16 +92,16 @@ def start(network: str, side: int) -> dict[str, Any]:
             if isinstance(module, torch.nn.BatchNorm2d):  # as after training, so that normalisation does something
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(0, 0.2)
-                module.running_mean.normal_(0, 0.2)
-                module.running_var.uniform_(0.5, 1.5)
+                module.running_mean.normal_(0, 0.2)  # type: ignore[union-attr]
+                module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
     backbone.save(net, spec, paths.weights("finetune"), paths.spec("finetune"))
     return {"parameters": sum(parameter.numel() for parameter in net.parameters())}
 
 
 def prune() -> dict[str, Any]:
     from tasks import prune
-    from tasks.core import backbone
-    from tasks.core.export import export
+    from tasks.nets import backbone
+    from tasks.nets.export import export
 
     teacher, spec = backbone.load(paths.weights("finetune"), paths.spec("finetune"))
     found = prune.prune(teacher, spec, PRUNE, paths.TRAIN, paths.VAL, Path("checkpoint.pt"))
@@ -112,13 +112,14 @@ def prune() -> dict[str, Any]:
 
 def quantize() -> dict[str, Any]:
     from tasks import quantize
-    from tasks.core import session
+    from tasks.graphs import calibration
+    from tasks.runtime import session
 
     source = paths.onnx("prune")
     preprocessing, classes = session.description(session.open_session(source, threads=1))
     images = quantize.calibration_images(paths.TRAIN, classes, QUANTIZE.calibration_images)
     files.write_bytes(
-        paths.onnx("quantize"), quantize.quantize(source, images, preprocessing, QUANTIZE).SerializeToString()
+        paths.onnx("quantize"), calibration.quantize(source, images, preprocessing, QUANTIZE).SerializeToString()
     )
     return {}
 
@@ -142,13 +143,14 @@ def exact() -> dict[str, Any]:
     import onnx
 
     from tasks import quantize, reduce
-    from tasks.core import dataset, session
+    from tasks.images import splits
+    from tasks.runtime import session
 
     calibrated = onnx.load(paths.onnx("quantize"))
     trained = onnx.load(paths.onnx("quantize"))
-    quantize.trained(trained, QAT, None)
+    quantize.train_qat(trained, QAT, None)
     preprocessing, _ = session.description(session.open_session(paths.onnx("quantize"), threads=1))
-    images = next(dataset.images(paths.TEST, preprocessing, SPLITS["test"]))
+    images = next(splits.images(paths.TEST, preprocessing, SPLITS["test"]))
     found: dict[str, Any] = {level: {} for level in LEVELS}
     for name, model in {"calibrated": calibrated, "trained": trained}.items():
         pair = [one.SerializeToString() for one in (model, reduce.reduce(model)[0])]
@@ -162,7 +164,7 @@ def same(pair: list[bytes], images: Any) -> dict[str, dict[int, float]]:
     import numpy as np
     import onnxruntime as ort
 
-    from tasks.core import session
+    from tasks.runtime import session
 
     found: dict[str, dict[int, float]] = {level: {} for level in LEVELS}
     for threads, (level, value) in itertools.product((1, 2), LEVELS.items()):
@@ -178,11 +180,12 @@ def own() -> dict[str, dict[int, float]]:
     """`same` of the last run's quantized and reduced network, on all of the test split."""
     import numpy as np
 
-    from tasks.core import dataset, session
+    from tasks.images import splits
+    from tasks.runtime import session
 
     source, target = (ROOT / paths.onnx(name) for name in ("quantize", "reduce"))
     preprocessing, _ = session.description(session.open_session(source, threads=1))
-    images = np.concatenate(list(dataset.images(ROOT / paths.TEST, preprocessing, BATCH)))
+    images = np.concatenate(list(splits.images(ROOT / paths.TEST, preprocessing, BATCH)))
     return same([source.read_bytes(), target.read_bytes()], images)
 
 
@@ -246,7 +249,7 @@ def main() -> None:
         for side in SIDES:
             rows.append(measure(network, side))
             print(line(rows[-1]), flush=True)
-    from tasks.benchmark import processor
+    from tasks.core.machine import processor
 
     about = {"splits": SPLITS, "prune": PRUNE.model_dump(), "quantize": QUANTIZE.model_dump(), "threads": 1}
     compared = [row[EXACT] for row in rows]

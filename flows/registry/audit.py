@@ -1,0 +1,151 @@
+"""The audit: from any decision back to its data, code, parameters and verdict, every byte read again.
+
+Nothing is taken on trust: git's objects are hashed, the chain and its signatures are followed from the newest decision
+to the first, verdicts are judged again from their evidence, and every artifact is hashed with SHA-256 wherever it lies.
+What does not hold is a `Finding`; only what cannot be audited at all is a `RegistryError`.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows.registry import git, keys, refs
+from flows.registry.audit_artifacts import Store, check_working_copy
+from flows.registry.audit_record import Reader, check_record, read_record
+from flows.registry.audit_refs import (
+    check_histories,
+    check_remote,
+    check_replacements,
+    check_tags,
+    logged_commits,
+)
+from flows.registry.chain import Link, Standing, replay
+from flows.registry.findings import Report
+from flows.registry.refs import Refs
+from tasks.core.errors import RegistryError
+from tasks.core.progress import track
+
+PRODUCTION, ALL = "production", "all"
+UPSTREAM = "refs/remotes/origin/registry"
+
+
+def audit(
+    root: Path, model: str, artifacts: str = PRODUCTION, remote: str | None = None, working_copy: bool = True
+) -> Report:
+    """Audit the whole chain, and the artifacts of what is in production, of `all` decisions, of a version such as
+    v0.1.0, or of the decision in a commit.
+
+    With the name of a git remote, the registry and the artifacts there as well; an artifact that is there may be
+    missing in the cache. With `working_copy`, the files that lie here of the model's newest decision too.
+    `RegistryError` if there is no registry, or no such version.
+    """
+    report = Report()
+    trusted = _read_trusted(root, report)
+    _catch_up(root)
+    with git.Objects(root) as objects:
+        reader = Reader(objects)
+        names = refs.list_refs(root)
+        tip = names.get(refs.BRANCH, names.get(UPSTREAM))
+        found = Refs(tip, refs.BRANCH in names, None, refs.read_tags(root, names))
+        if found.tip is None:
+            raise RegistryError(f"{root} has no branch registry: nothing has been decided yet, or it was not fetched")
+        wanted = _choose_commit(found, model, artifacts)
+        store = Store(root, remote is not None, report)
+        links: list[Link] = []
+        walked: list[str] = []
+        for commit in track(_commits(reader, found.tip, report), "decisions"):
+            walked.append(commit)
+            record = read_record(reader, commit, report)
+            if record is None:
+                continue
+            link, outputs = check_record(record, reader, root, trusted, report)
+            newest = link.decision.model == model and all(other.decision.model != model for other in links)
+            if newest and working_copy:
+                check_working_copy(root, link, outputs, reader, report)
+            links.append(link)
+            if wanted in (None, commit):
+                report.audited.append(link.name)
+                store.check(outputs, report.noting(link.name, "artifact", commit))
+    if not any(link.decision.model == model for link in links) and not report.findings:
+        known = ", ".join(sorted({link.decision.model for link in links}))
+        raise RegistryError(f"the registry has no decision on {model}; it has decisions on: {known}")
+    report.decisions = len(links)
+    _check_unsigned(links, trusted, report)
+    is_whole = len(links) == len(walked) and bool(links) and links[-1].decision.previous is None
+    standings = _replay(links[::-1], is_whole, report)
+    check_tags(root, found, walked, standings, is_whole, report)
+    check_histories(root, walked, report)
+    check_replacements(root, reader, report)
+    if remote:
+        check_remote(root, remote, found, walked, tuple(standings), report)
+    return report
+
+
+def _read_trusted(root: Path, report: Report) -> tuple[keys.TrustedKey, ...]:
+    try:
+        return keys.trusted_keys(root)
+    except RegistryError as error:
+        report.noting("trusted keys", "registry")(str(keys.TRUSTED), "public keys, one to a line", str(error))
+        return ()
+
+
+def _catch_up(root: Path) -> None:
+    """Bring a clone that is merely behind to where its origin was last seen; a branch that was moved back stays."""
+    if git.git(root, "for-each-ref", "--format=%(objectname)", UPSTREAM) not in logged_commits(root):
+        with contextlib.suppress(RegistryError):  # the audit finds what stands against it
+            refs.forward(root, UPSTREAM)
+
+
+def _choose_commit(found: Refs, model: str, artifacts: str) -> str | None:
+    """The commit of the decision whose artifacts are wanted; None for all of them."""
+    if artifacts == ALL:
+        return None
+    if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", artifacts):
+        return artifacts
+    tag = f"{model}@{artifacts}"
+    if artifacts != PRODUCTION:
+        if tag not in found.tags:
+            known = sorted(one for one in found.tags if one.startswith(f"{model}@"))
+            raise RegistryError(f"there is no version {tag}; there are: {', '.join(known) or 'none'}")
+        return found.tags[tag]
+    prefix = f"{model}#{refs.STAGE}#"
+    numbers = [one.removeprefix(prefix) for one in found.tags if one.startswith(prefix)]
+    newest = max((int(one) for one in numbers if one.isdecimal()), default=None)
+    return found.tags[f"{prefix}{newest}"] if newest is not None else ""
+
+
+def _commits(reader: Reader, tip: str, report: Report) -> Iterator[str]:
+    """Every commit of the branch from the tip to the first, as git has their parents."""
+    commit: str | None = tip
+    seen: set[str] = set()
+    while commit and commit not in seen:
+        seen.add(commit)
+        reader.commit = commit
+        try:
+            header = reader.read(commit, "commit").partition(b"\n\n")[0].decode(errors="replace")
+        except RegistryError as error:
+            note = report.noting(f"commit {commit[:12]}", "chain", commit)
+            note("the commit", "a decision, as the next one says", str(error))
+            return
+        yield commit
+        commit = next((line[7:] for line in header.split("\n") if line.startswith("parent ")), None)
+
+
+def _check_unsigned(links: list[Link], trusted: tuple[keys.TrustedKey, ...], report: Report) -> None:
+    """Unsigned decisions hold where a signed one comes after them, or where no key is trusted yet."""
+    for link in links:
+        if link.decision.signer is not None or not trusted:
+            return
+        note = report.noting(link.name, "chain", link.commit)
+        note("the commit's signature", f"by a key in {keys.TRUSTED}, or by one on a decision after it", "none")
+
+
+def _replay(links: list[Link], is_whole: bool, report: Report) -> dict[str, Standing]:
+    """Follow production from the first decision on; each decision must say what was true at its time."""
+    standings: dict[str, Standing] = {}
+    for step in replay(links, is_whole):
+        for one in step.contradictions:
+            report.noting(step.link.name, "chain", step.link.commit)(*one)
+        standings[step.link.decision.model] = step.after
+    return standings

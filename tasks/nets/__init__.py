@@ -1,0 +1,1 @@
+"""PyTorch networks: built, trained, masked and exported."""

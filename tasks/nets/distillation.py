@@ -1,0 +1,102 @@
+"""Distillation: a network learns to answer as another one does (Hinton et al. 2015, arXiv:1503.02531)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from tasks.core import config
+from tasks.core.progress import track
+from tasks.nets import training
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    params: config.Recovery,
+    train: training.Images,
+    val: training.Images,
+    **fit: Any,
+) -> list[dict[str, float]]:
+    """Train the student, in place, to answer as the teacher and the labels do; returns the history.
+
+    `train` comes without augmentation: that is a part of the parameters. A teacher without a share is not asked.
+    """
+    where = training.device()
+    student.to(where)
+    teacher.to(where).eval()
+    augment = params.training.augment
+    images: training.Labelled = train.with_augmentation(augment)
+    loss = training.cross_entropy(params.training.label_smoothing)
+    if params.teacher_share > 0 and augment.crop_scale == 1 and augment.erase == 0:
+        images = Mirrored(train, augment.flip)  # the teacher has but two answers to an image
+        loss = loss_of_answers(answers(teacher, train), torch.tensor(train.labels), params)
+    elif params.teacher_share > 0:
+        loss = loss_with_teacher(teacher, params)
+    history = training.fit(student, images, val, loss, params.training, **fit)
+    student.cpu()
+    teacher.cpu()
+    return history
+
+
+class Mirrored:
+    """Images as they are or mirrored, float32 (C, H, W), each with the row of `answers` that belongs to it."""
+
+    def __init__(self, images: training.Images, flip: float) -> None:
+        self.images, self.flip = images, flip
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, _ = self.images[index]
+        mirrored = bool(torch.rand(()) < self.flip)
+        return (image.flip(2) if mirrored else image), index + mirrored * len(self.images)
+
+
+@torch.inference_mode()
+def answers(teacher: nn.Module, images: training.Images) -> Tensor:
+    """The teacher's logits, float32 (2 N, classes): for each image as it is, then for each mirrored."""
+    where = next(teacher.parameters()).device
+    loader: Iterable[tuple[Tensor, Tensor]] = DataLoader(images, training.EVALUATION_BATCH)  # type: ignore[arg-type]
+    as_is: list[Tensor] = []
+    mirrored: list[Tensor] = []
+    for batch, _ in track(loader, "asking the teacher", -(-len(images) // training.EVALUATION_BATCH)):
+        for found, seen in ((as_is, batch), (mirrored, batch.flip(3))):
+            found.append(teacher(seen.to(where, memory_format=torch.channels_last)))
+    return torch.cat([*as_is, *mirrored])
+
+
+def loss_of_answers(targets: Tensor, labels: Tensor, params: config.Recovery) -> training.Loss:
+    """The loss of distillation from answers that are known, where `Mirrored` gives their rows as labels."""
+    targets, labels = targets.clone(), labels.to(targets.device)  # a copy that autograd may see
+    return lambda _, logits, rows: _loss(logits, targets[rows], labels[rows % len(labels)], params)
+
+
+def loss_with_teacher(teacher: nn.Module, params: config.Recovery) -> training.Loss:
+    """The loss of distillation, for which the teacher sees each batch."""
+
+    def loss(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        with torch.inference_mode():
+            target = teacher(images)
+        return _loss(logits, target, labels, params)
+
+    return loss
+
+
+def _loss(logits: Tensor, target: Tensor, labels: Tensor, params: config.Recovery) -> Tensor:
+    hard = functional.cross_entropy(logits, labels, label_smoothing=params.training.label_smoothing)
+    return params.teacher_share * distance(logits, target, params.temperature) + (1 - params.teacher_share) * hard
+
+
+def distance(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of softened answers, times T^2 (Hinton et al. 2015, arXiv:1503.02531, section 2)."""
+    return temperature**2 * functional.kl_div(
+        functional.log_softmax(student / temperature, 1),
+        functional.log_softmax(teacher / temperature, 1),
+        reduction="batchmean",
+        log_target=True,
+    )

@@ -1,0 +1,66 @@
+"""From a PyTorch network to the ONNX file that a device would load."""
+
+import copy
+import dataclasses
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from tasks.core import files
+from tasks.graphs import graph
+from tasks.nets.backbone import Spec
+
+OPSET = 20
+
+
+class Clamp(nn.Module):
+    """ReLU6 as ONNX has it. What PyTorch has is taken apart by its exporter, for longer than all the rest takes."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.clamp(0, 6)
+
+
+def export(net: nn.Module, spec: Spec, path: Path) -> None:
+    """Write the network as ONNX: input `image` float32 (batch, C, H, W), output `logits` float32 (batch, classes).
+
+    BatchNorm is folded, paddings are part of their convolutions, and classes and preprocessing are in the
+    file's metadata under the key `weighin`.
+    """
+    net = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format).eval()  # channels_last exports as gathers
+    for module in net.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU6):
+                setattr(module, name, Clamp())
+    example = torch.zeros(2, *spec.preprocessing.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            net,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+            verbose=False,
+        )
+    model: onnx.ModelProto = program.model_proto  # type: ignore[union-attr]
+    graph.fold_pads(model)
+    graph.pool_means(model)
+    graph.flatten_reshapes(model)
+    graph.strip(model)
+    describe(model, {"classes": spec.classes, **dataclasses.asdict(spec.preprocessing)})
+    onnx.checker.check_model(model, full_check=True)
+    files.write_bytes(path, model.SerializeToString())
+
+
+def describe(model: onnx.ModelProto, content: dict[str, object]) -> None:
+    """Put what a device needs to know into the metadata."""
+    onnx.helper.set_model_props(model, {"weighin": json.dumps(content)})

@@ -1,0 +1,273 @@
+"""The training loop that fine-tuning and recovery share: deterministic, resumable, with its history."""
+
+import copy
+import hashlib
+import io
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from tasks.core import config, files, paths
+from tasks.core.errors import StageError
+from tasks.core.progress import track
+from tasks.images import splits
+from tasks.images.preprocessing import Preprocessing, decode, preprocess
+from tasks.nets.backbone import Spec
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, logits, labels -> scalar
+
+
+class Labelled(Protocol):
+    """What can be trained on: float32 (C, H, W) and a number that the loss knows, such as that of the class."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+
+
+EVALUATION_BATCH = 250
+
+
+class Images:
+    """A split as a map-style dataset: float32 (C, H, W) and class number; augmented if `augment` is given."""
+
+    def __init__(
+        self, path: Path, preprocessing: Preprocessing, classes: tuple[str, ...], augment: config.Augment | None = None
+    ) -> None:
+        self.images, self.labels = splits.read(path, classes)
+        self.preprocessing = preprocessing
+        self.prepare = _make_augmentation(augment, preprocessing) if augment else _plain(preprocessing)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.prepare(self.images[index]), self.labels[index]
+
+    def with_augmentation(self, augment: config.Augment) -> "Images":
+        """The same images, changed at random each time."""
+        other = copy.copy(self)
+        other.prepare = _make_augmentation(augment, self.preprocessing)
+        return other
+
+
+def _plain(preprocessing: Preprocessing) -> Callable[[bytes], Tensor]:
+    return lambda data: torch.from_numpy(preprocess(data, preprocessing))
+
+
+def _make_augmentation(augment: config.Augment, preprocessing: Preprocessing) -> Callable[[bytes], Tensor]:
+    flip, erase = v2.RandomHorizontalFlip(augment.flip), v2.RandomErasing(augment.erase)
+    if augment.crop_scale == 1:  # what evaluation sees; v2's crop takes thrice as long to make it
+        plain = _plain(preprocessing)
+        return lambda data: erase(flip(plain(data)))
+    crop = v2.RandomResizedCrop(preprocessing.size, scale=(augment.crop_scale, 1.0))
+    in_range = v2.ToDtype(torch.float32, scale=True)
+    normalize = v2.Normalize(list(preprocessing.mean), list(preprocessing.std))
+    steps = v2.Compose([crop, flip, v2.ToImage(), in_range, normalize, erase])
+    return lambda data: steps(decode(data, preprocessing.mode))
+
+
+def device() -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def make_deterministic(seed: int) -> None:
+    """Same inputs, same machine, same bytes."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(seed)
+
+
+def checkpoint_path(stage: str, *inputs: Path, params: config.Section, spec: Spec) -> Path:
+    """Where a run of this stage on these inputs keeps its checkpoint: another input, another file."""
+    key = hashlib.sha256((params.model_dump_json() + spec.model_dump_json()).encode())
+    for path in inputs:
+        key.update(files.sha256(path).encode())
+    return paths.CHECKPOINTS / f"{stage}-{key.hexdigest()[:16]}.pt"
+
+
+def cross_entropy(label_smoothing: float) -> Loss:
+    """The loss of plain supervised training."""
+    return lambda _images, logits, labels: functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+
+@torch.inference_mode()
+def evaluate(net: nn.Module, images: Images) -> tuple[float, float]:
+    """Top-1 as a fraction and mean cross-entropy."""
+    where = next(net.parameters()).device
+    net.eval()
+    correct, loss = 0, 0.0
+    for batch, labels in DataLoader(images, batch_size=EVALUATION_BATCH):  # type: ignore[arg-type]
+        logits = net(_to(batch, where)).cpu()
+        correct += int((logits.argmax(1) == labels).sum())
+        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+    return correct / len(images), loss / len(images)
+
+
+def fit(
+    net: nn.Module,
+    train: Labelled,
+    val: Images,
+    loss_of: Loss,
+    params: config.Training,
+    *,
+    checkpoint: Path,
+    after_step: Callable[[], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train in place and leave the weights of the epoch with the best val top-1; returns one row per epoch.
+
+    `after_step` runs after every optimizer step (masks are applied there). After each epoch everything that
+    the next one needs is in `checkpoint`; a run that finds it goes on from there to the same bytes. `StageError`
+    when the loss is not finite.
+    """
+    optimizer, scheduler = _optimizer(net, params, steps=params.epochs * _steps(train, params))
+    history: list[dict[str, float]] = []
+    best: dict[str, Any] = {"top1": -1.0, "state": _copy(net)}
+    if checkpoint.exists():
+        saved = _read(checkpoint, next(net.parameters()).device)
+        net.load_state_dict(saved["net"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        history, best = saved["history"], saved["best"]
+        print(f"resuming after epoch {len(history)} from {checkpoint}", flush=True)
+    while len(history) < params.epochs and not _has_stalled(history, params.patience):
+        started = time.monotonic()
+        loss = _epoch(net, train, loss_of, params, optimizer, scheduler, after_step, epoch=len(history))
+        top1, val_loss = evaluate(net, val)
+        history.append({"epoch": len(history) + 1, "train_loss": loss, "val_loss": val_loss, "val_top1": top1})
+        if top1 > best["top1"]:
+            best = {"top1": top1, "state": _copy(net)}
+        _save(checkpoint, net=net, optimizer=optimizer, scheduler=scheduler, history=history, best=best)
+        print(
+            f"epoch {len(history)}/{params.epochs}: loss {loss:.4f}, val loss {val_loss:.4f}, "
+            f"val top-1 {top1:.2%}, {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
+    net.load_state_dict(best["state"])
+    return history
+
+
+def write_history(path: Path, history: list[dict[str, float]]) -> None:
+    """One CSV row per epoch, for `dvc plots`."""
+    columns = ("epoch", "train_loss", "val_loss", "val_top1")
+    lines = [",".join(columns), *(",".join(f"{row[name]:.6g}" for name in columns) for row in history)]
+    files.write_bytes(path, ("\n".join(lines) + "\n").encode())
+
+
+def _epoch(
+    net: nn.Module,
+    train: Labelled,
+    loss_of: Loss,
+    params: config.Training,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    after_step: Callable[[], None] | None,
+    epoch: int,
+) -> float:
+    torch.manual_seed(params.seed * 10_007 + epoch)  # order and augmentation depend on the epoch, not on resuming
+    where = next(net.parameters()).device
+    _train_mode(net)
+    total, steps = 0.0, _steps(train, params)
+    loader = _loader(train, params)
+    for images, labels in track(loader, f"epoch {epoch + 1}", steps):
+        images, labels = _to(images, where), labels.to(where)
+        with torch.autocast(where.type, torch.bfloat16, enabled=params.bf16):
+            loss = loss_of(images, net(images), labels)
+        value = float(loss.detach())
+        if value != value or value in (float("inf"), float("-inf")):
+            raise StageError(f"the loss became {value} in epoch {epoch + 1}: lower learning_rate in params.yaml")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        scheduler.step()
+        if after_step:
+            after_step()
+        total += value
+    return total / steps
+
+
+def _loader(train: Labelled, params: config.Training) -> Iterable[tuple[Tensor, Tensor]]:
+    drop_last = len(train) > params.batch_size  # a last batch of one image would break BatchNorm
+    return DataLoader(train, params.batch_size, shuffle=True, drop_last=drop_last)  # type: ignore[arg-type]
+
+
+def _steps(train: Labelled, params: config.Training) -> int:
+    return max(1, len(train) // params.batch_size)
+
+
+def _optimizer(
+    net: nn.Module, params: config.Training, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Weight decay on weights only, not on biases and normalisation, as timm does."""
+    trained = [p for p in net.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": params.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer: torch.optim.Optimizer
+    if params.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=params.learning_rate, fused=True)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=params.learning_rate, momentum=0.9, nesterov=True)
+    steps = max(steps, 1)
+    if params.schedule == "one-cycle":  # torch divides by 0.2 * steps - 1
+        cycle_momentum = params.optimizer == "sgd"
+        return optimizer, torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            params.learning_rate,
+            total_steps=steps,
+            pct_start=0.2 if steps > 5 else 0.3,
+            cycle_momentum=cycle_momentum,
+        )
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+
+def _train_mode(net: nn.Module) -> None:
+    """Training mode, but for the normalisation of frozen stages, whose statistics must stay too."""
+    net.train()
+    for module in net.modules():
+        own = list(module.parameters(recurse=False))
+        if own and not any(parameter.requires_grad for parameter in own):
+            module.eval()
+
+
+def _has_stalled(history: list[dict[str, float]], patience: int | None) -> bool:
+    if patience is None or len(history) <= patience:
+        return False
+    before = max(row["val_top1"] for row in history[:-patience])
+    return max(row["val_top1"] for row in history[-patience:]) <= before
+
+
+def _to(images: Tensor, where: torch.device) -> Tensor:
+    return images.to(where, memory_format=torch.channels_last)
+
+
+def _copy(net: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+
+
+def _read(path: Path, where: torch.device) -> dict[str, Any]:
+    try:
+        saved: dict[str, object] = torch.load(path, map_location=where, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise StageError(f"{path} is not a checkpoint of this training run: delete it to start afresh") from None
+    return saved
+
+
+def _save(path: Path, **parts: object) -> None:
+    buffer = io.BytesIO()
+    content = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+    torch.save(content, buffer)
+    files.write_bytes(path, buffer.getvalue())
