@@ -34,9 +34,9 @@ def decide(slim: nn.Module, params: config.Prune, val: training.Images, head: st
     example = torch.stack([val[index][0] for index in range(2)])
     if params.blocks:
         plan.blocks, plan.block_scores = _blocks(slim, params.blocks, val, example)
-        masks.remove_blocks(slim, [block.name for block in plan.blocks])
+        masks.cut_blocks(slim, [block.name for block in plan.blocks])
     if params.channels:
-        plan.channels, plan.groups = masks.remove_channels(slim, params.channels, example, head)
+        plan.channels, plan.groups = masks.cut_channels(slim, params.channels, example, head)
     if params.weights:
         plan.weights = masks.zero_weights(slim, params.weights)
     return plan
@@ -131,7 +131,7 @@ def prune_to_limits(
     Blocks first; what is left is then surveyed again, by `look`, since channels are missed otherwise without them.
     """
     first = allocation.allocate(whole, limits, table)
-    masks.remove_blocks(slim, first.blocks)
+    masks.cut_blocks(slim, first.blocks)
     left = {name: effect for name, effect in effects.items() if name not in first.blocks}
     graph, groups, scores, network = look(slim, left)
     plan = allocation.allocate(network._replace(blocks={}), limits, table)  # their sums cost; they stay

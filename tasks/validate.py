@@ -98,7 +98,7 @@ def rules(params: config.Validate, classes: tuple[str, ...]) -> list[Rule]:
     ]  # fmt: skip
 
 
-def judge(frames: dict[str, pd.DataFrame], wanted: list[Rule], docs: Path) -> dict[str, Json]:
+def check_expectations(frames: dict[str, pd.DataFrame], wanted: list[Rule], docs: Path) -> dict[str, Json]:
     """Great Expectations' result for each rule by its name; also writes Data Docs to the directory `docs`."""
     import great_expectations as gx
     from great_expectations.core.run_identifier import RunIdentifier
@@ -191,7 +191,7 @@ def validate(manifest: pd.DataFrame, params: config.Validate, classes: tuple[str
     frames, wanted = {"rows": manifest}, [SCHEMA]
     if set(COLUMNS) <= set(manifest.columns):
         frames, wanted = tables(manifest, classes), [SCHEMA, *rules(params, classes)]
-    judged = judge(frames, wanted, docs)
+    judged = check_expectations(frames, wanted, docs)
     expectations = [outcome(rule, judged[rule.name], frames[rule.table]) for rule in wanted]
     passed = all(entry["passed"] or entry["severity"] != "critical" for entry in expectations)
     return {"passed": passed, "rows": len(manifest), "expectations": expectations}

@@ -126,7 +126,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory, images: list[bytes]) -> C
         full = backbone.create(name, len(CLASSES), preprocessing)
         randomise(full)
         slim = copy.deepcopy(full)
-        masks.remove_blocks(slim, blocks)
+        masks.cut_blocks(slim, blocks)
         params = config.Prune(channels=config.Channels(ratio=0.5, multiple=multiple))
         val = training.Images(root / "val.parquet", preprocessing, CLASSES)
         plan = prune.decide(slim, params, val, backbone.head(full))

@@ -205,7 +205,7 @@ def test_what_has_no_weights_is_no_residual_block() -> None:
 def test_removed_channels_are_zero_and_behind_those_that_stay(name: str) -> None:
     net, images = network(name, NETWORKS[name], classes=64)
     slim, full, head = copy.deepcopy(net), copy.deepcopy(net), backbone.head(net)
-    removed = masks.remove_channels(slim, config.Channels(ratio=0.5, multiple=16), images[:2], head).removed
+    removed = masks.cut_channels(slim, config.Channels(ratio=0.5, multiple=16), images[:2], head).removed
     masks.scatter(slim, full, removed)
     expected = slim(images).detach()
     assert float(expected.std()) > 1e-3
@@ -238,7 +238,7 @@ def test_the_least_important_channels_go() -> None:
         for key, index in (("1.weight", weak), ("1.bias", weak), ("3.weight", (slice(None), weak))):
             net.get_parameter(key)[index] *= 0.01
     slim = copy.deepcopy(net)
-    removed, groups = masks.remove_channels(slim, config.Channels(ratio=0.5, multiple=16), images, "3")
+    removed, groups = masks.cut_channels(slim, config.Channels(ratio=0.5, multiple=16), images, "3")
     assert groups == [Group(name="1", channels=128, kept=64, removed=list(range(0, 128, 2)))]
     assert removed == {"1": {"out": list(range(64, 128))}, "3": {"in": list(range(64, 128))}}
     assert torch.equal(slim.get_parameter("1.weight"), net.get_parameter("1.weight")[~weak])
@@ -249,7 +249,7 @@ def test_grouped_convolutions_stay_as_they_are() -> None:
     net, images = network("regnetx_002", 64)
     slim, full = copy.deepcopy(net), copy.deepcopy(net)
     grouped = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d) and module.groups > 1]
-    removed = masks.remove_channels(slim, config.Channels(ratio=0.5, multiple=16), images, "head.fc").removed
+    removed = masks.cut_channels(slim, config.Channels(ratio=0.5, multiple=16), images, "head.fc").removed
     assert removed
     assert not set(grouped) & set(removed)
     masks.scatter(slim, full, removed)
@@ -267,7 +267,7 @@ def test_channels_that_do_not_add_up_are_refused_before_recovery(repository: Pat
     net, _ = teacher(repository)
     slim = copy.deepcopy(net)
     images = torch.rand(2, 1, 8, 8)
-    removed = masks.remove_channels(slim, config.Channels(**CHANNELS), images, "3").removed
+    removed = masks.cut_channels(slim, config.Channels(**CHANNELS), images, "3").removed
     prune.build_masked(net, slim, removed, images)
     wrong = {"1": {"out": [(unit + 1) % 128 for unit in removed["1"]["out"]]}, "3": removed["3"]}
     with pytest.raises(

@@ -96,7 +96,7 @@ def block_scores(net: nn.Module, names: list[str]) -> dict[str, float]:
     return {name: mean / largest for name, mean in means.items()}
 
 
-def remove_blocks(net: nn.Module, names: list[str]) -> None:
+def cut_blocks(net: nn.Module, names: list[str]) -> None:
     """Put an identity in the place of each block."""
     for name in names:
         parent, _, last = name.rpartition(".")
@@ -118,7 +118,7 @@ class Cut(NamedTuple):
     groups: list[Group]
 
 
-def remove_channels(net: nn.Module, params: config.Channels, example: Tensor, head: str) -> Cut:
+def cut_channels(net: nn.Module, params: config.Channels, example: Tensor, head: str) -> Cut:
     """Remove the least important channels of each DepGraph group, in place.
 
     Groups: Fang et al. 2023, DepGraph, arXiv:2301.12900. Importance: L2 norm over the whole group. Groups with

@@ -126,7 +126,7 @@ def in_rounds(job: Job) -> prune.Pruned:
     look = functools.partial(prune.survey_channels, train=images, example=example, head=head)
     *_, whole = look(copy.deepcopy(job.teacher), job.effects)
     slim = copy.deepcopy(job.teacher)
-    masks.remove_blocks(slim, allocation.allocate(whole, allocation.Limits(*limits), job.table).blocks)
+    masks.cut_blocks(slim, allocation.allocate(whole, allocation.Limits(*limits), job.table).blocks)
     full: list[Any] = []
     for times, share in ROUNDS:
         graph, groups, scores, network = look(slim, {})
@@ -196,8 +196,8 @@ def uniform(job: Job, found: prune.Pruned) -> prune.Pruned:
     while True:
         ratio += STEP
         slim = copy.deepcopy(job.teacher)
-        masks.remove_blocks(slim, [block.name for block in found.plan.blocks])
-        removed = masks.remove_channels(slim, config.Channels(ratio=ratio), example, head).removed
+        masks.cut_blocks(slim, [block.name for block in found.plan.blocks])
+        removed = masks.cut_channels(slim, config.Channels(ratio=ratio), example, head).removed
         if prune.sparsity(slim)["parameters"] <= aim:
             break
     plan = Plan(channels=removed, float32=found.plan.float32)
