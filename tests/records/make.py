@@ -216,6 +216,7 @@ RECORDS = {
     "2a6f7f8": Record(COMPARED | {"quantize.factor": 127.0}),
     "c861d07": Record(COMPARED | CODEBOOK | QAT),
     "3c445ea": Record(BUDGET | CODEBOOK | QAT),
+    "8b26bfd": Record(BUDGET | CODEBOOK),
 }
 
 
