@@ -5,10 +5,11 @@ BIN := .venv/bin
 # Stages are processes of their own: they start sooner from modules that were compiled once, at their first use.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help run test check bench setup digits
+.PHONY: help run test coverage check bench setup digits
 help:
 	@echo "make run [PARAMS=FILE]   the whole job: data in, decision out"
 	@echo "make test                every test"
+	@echo "make coverage            every test, and which lines no test runs"
 	@echo "make check               ruff, mypy, documents in step with the code"
 	@echo "make bench               the last run's model beside its peers; budgets, ablation, scaling; LeNets; hours"
 	@echo "make digits              the data of data/recipes/mlp-digits.yaml"
@@ -21,6 +22,11 @@ run: setup
 test: setup .venv/softhsm
 	OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 \
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# What the tests' own processes run of the code; the stages that they start as processes are not counted.
+coverage: setup .venv/softhsm
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+	--cov=flows --cov=tasks --cov-branch --cov-report=term:skip-covered
 
 check: setup
 	$(BIN)/ruff check .

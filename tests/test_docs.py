@@ -161,3 +161,11 @@ def test_the_published_schema_is_that_of_the_decisions() -> None:
 
 def test_pins_have_no_addresses() -> None:
     assert not re.search(r"://|@ ", (ROOT / "constraints.txt").read_text())
+
+
+def test_the_newest_release_in_the_changelog_is_the_version_that_the_command_prints() -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "weighin"), "--version"], capture_output=True, text=True, check=True
+    )
+    released = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert done.stdout == f"weighin {released[0]}\n"

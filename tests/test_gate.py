@@ -17,12 +17,29 @@ import onnx
 import pytest
 from conftest import CLASSES, ROOT, Network, Repository, png
 from onnx import numpy_helper
+from pydantic import ValidationError
 
 from tasks.benchmark import golden_of
 from tasks.core import config, files, noninferiority
-from tasks.gate import Check, Evidence, Judged, Verdict, evidence, explain, gate, judging_code, reason, rows, sentence
+from tasks.core.errors import StageError
+from tasks.gate import (
+    Check,
+    Evidence,
+    Judged,
+    Verdict,
+    confirm,
+    evidence,
+    explain,
+    gate,
+    judging_code,
+    read,
+    reason,
+    rows,
+    sentence,
+)
 from tasks.graphs import graph
 from tasks.reduce import reduce
+from tasks.runtime import probe
 
 MODEL, DATA, PARAMS, CODE, CHAMPION, GOLDEN, PACKED = (letter * 64 for letter in "abcdef0")
 JUDGED = Judged(MODEL, DATA, PARAMS, CODE)
@@ -172,6 +189,17 @@ def test_the_same_evidence_gives_the_same_verdict_and_so_does_what_json_keeps_of
     kept = {name: json.loads(json.dumps(getattr(given, name))) for name in ("report", "champion", "infra")}
     assert judged(given._replace(**kept)) == verdict
     assert explain(Verdict.model_validate_json(text)) == explain(verdict)
+
+
+def test_nothing_in_a_verdict_can_be_changed_afterwards() -> None:
+    verdict: Any = judged(full())
+    owl = verdict.slices["label"][2]
+    for part, name in (
+        (verdict, "passed"), (verdict.checks[0], "passed"), (verdict.comparison, "lower"), (owl, "top1"),
+        (owl.difference, "lower"),
+    ):  # fmt: skip
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(part, name, 1)
 
 
 def test_judging_leaves_the_evidence_as_it_was() -> None:
@@ -329,14 +357,30 @@ def test_what_weighs_nothing_was_not_weighed(amount: int) -> None:
     assert failed(with_value(amount, *LAST, "latency_p50_ms")) == ["latency_ratio", "latency_ms"]
 
 
+def test_less_than_a_millisecond_is_an_amount() -> None:
+    assert failed(with_value(0.001, *LAST, "latency_p50_ms")) == []
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.1, 91])
 def test_a_share_lies_between_0_and_1(share: float) -> None:
     assert failed(with_value(share, *LAST, "top1")) == ["top1_of_predictions", "top1", "top1_drop"]
     assert failed(with_value(share, *FIRST, "top1")) == ["top1_drop"]
 
 
+def test_a_share_may_be_0_or_1() -> None:
+    assert failed(with_value(0, *FIRST, "top1")) == []
+    assert failed(evidence_of(text(table(ours=())))) == []
+
+
 def test_a_difference_below_zero_is_none() -> None:
     assert failed(with_value(-0.5, "infra", "huge", "difference")) == ["golden_difference"]
+
+
+def test_of_several_cases_the_first_that_failed_is_named() -> None:
+    bad = {"difference": None, "same_top1": False, "repeatable": False}
+    verdict = judged(with_value({"fine": full().infra["huge"], "one": bad, "other": bad}, "infra"))  # type: ignore[index]
+    found = [one_check(verdict, name) for name in MET]
+    assert [(check.value, check.where) for check in found] == [(None, "one"), (2.0, "one"), (2.0, "one")]
 
 
 def test_a_drop_on_the_limit_passes_in_spite_of_rounding() -> None:
@@ -391,6 +435,11 @@ def test_what_is_no_table_of_predictions_is_refused(predictions: bytes) -> None:
     assert failed(given) == names
     stale = with_value(predictions, "predictions")
     assert failed(stale) == ["predictions_sha256", *names]
+
+
+def test_one_image_is_a_table_too() -> None:
+    assert rows(text(table()[:2])) == [dict(zip(*table()[:2], strict=True))]
+    assert [entry.images for entry in judged(evidence_of(text(table()[:2]))).slices["device"]] == [1]
 
 
 def test_predictions_of_another_run_are_refused() -> None:
@@ -462,6 +511,10 @@ def test_a_trade_is_used_and_said() -> None:
     assert (verdict.passed, verdict.comparison.traded) == (True, True)
     assert one_check(verdict, "top1_vs_champion").limit == -MARGIN
     assert sentence(verdict).endswith(f"checks passed, with accuracy traded within a margin of {MARGIN}")
+
+
+def test_a_margin_that_the_bound_is_on_is_missed_and_traded() -> None:
+    assert traded(full(), margin=-LOWER).comparison.traded is True
 
 
 def test_a_trade_is_not_used_where_the_margin_holds() -> None:
@@ -566,6 +619,12 @@ def test_every_value_of_a_column_is_listed_with_its_numbers() -> None:
     ]  # fmt: skip
 
 
+def test_a_slice_that_the_champion_has_right_and_ours_all_wrong_has_lost_everything() -> None:
+    given = evidence_of(text(table(ours=range(100, 150), theirs=())))
+    check = one_check(judged(given), "regression_by_label")
+    assert (check.value, check.where, check.passed) == (1.0, "owl", False)
+
+
 def test_the_worst_slice_is_named() -> None:
     verdict = judged(full())
     assert one_check(verdict, "top1_by_label").where == "owl"
@@ -647,23 +706,47 @@ def test_a_failed_check_says_what_would_pass(given: Evidence, name: str, says: s
     assert remedy(judged(given), name).startswith(says)
 
 
-@pytest.mark.parametrize("margin", [0.001, 0.02, 0.035, 0.05])
-def test_so_many_more_images_right_pass_and_one_less_does_not(margin: float) -> None:
+def test_a_check_that_somebody_wrote_is_explained_too() -> None:
+    odd = Check(name="top1", value="high", operator=">=", limit=0.9, passed=False)
+    ((_, _, said),) = explain(judged(full()).model_copy(update={"checks": (odd,)}))
+    assert said == "run the pipeline again, so that what is judged is what was measured"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "margin"),
+    [
+        *((THEIRS, margin) for margin in (0.001, 0.02, 0.035, 0.05)),
+        (THEIRS, 1e-6 - noninferiority.lower_bound(WINS, LOSSES - 2, 200, 0.95)),  # two just suffice
+        (OURS[1:], 0.005),
+        (OURS[3:], 0.001),
+    ],
+)
+def test_so_many_more_images_right_pass_and_one_less_does_not(theirs: tuple[int, ...], margin: float) -> None:
     """With one less it is refused, whichever they are: those that the champion has right, or both have wrong."""
-    verdict = judged(full(), champion={"margin": margin})
+    verdict = judged(evidence_of(text(table(theirs=theirs))), champion={"margin": margin})
     words = remedy(verdict, "top1_vs_champion").split()
     assert words[1:7] == ["more", "of", "200", "images", "right,", "those"]
-    lost, both = sorted(set(OURS) - set(THEIRS)), sorted(set(OURS) & set(THEIRS))
+    lost, both = sorted(set(OURS) - set(theirs)), sorted(set(OURS) & set(theirs))
 
     def passes(count: int, order: list[int]) -> bool:
-        given = evidence_of(text(table(ours=set(OURS) - set(order[:count]))))
+        given = evidence_of(text(table(ours=set(OURS) - set(order[:count]), theirs=theirs)))
         return bool(one_check(judged(given, champion={"margin": margin}), "top1_vs_champion").passed)
 
     count = int(words[0])
     assert 0 < count <= len(OURS)
+    assert (count > len(lost)) is (theirs != THEIRS)
     assert passes(count, lost + both)
     assert not passes(count - 1, lost + both)
     assert not passes(count - 1, both + lost)
+
+
+def test_all_images_right_may_be_just_enough() -> None:
+    def said(margin: float) -> str:
+        verdict = judged(evidence_of(text(table(ours=(0, 1, 2), theirs=()))), champion={"margin": margin})
+        return remedy(verdict, "top1_vs_champion")
+
+    assert said(0.02).startswith("3 more of 200 images right, those first that the champion has right; or more test")
+    assert said(0.01) == "a wider margin than 0.01, or more test images than 200"
 
 
 def test_where_no_image_more_would_help() -> None:
@@ -801,3 +884,76 @@ def test_the_evidence_is_what_lies_here(repository: Repository, shipped: Path, m
     found = evidence(config.load().benchmark)
     assert (found.report, found.predictions, found.champion) == (content, text(table()), full().champion)
     assert (found.golden_sha256, found.packed_sha256) == (content["golden_sha256"], content["packed_sha256"])
+
+
+@pytest.fixture
+def recorded(repository: Repository, shipped: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Verdict]:
+    """The verdict on what lies here, written where the gate does, with limits changed, and parts of the verdict too."""
+    monkeypatch.chdir(repository.root)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def write(parts: dict[str, Any] | None = None, infra: Any = None, **limits: Any) -> Verdict:
+        if not repository.model("reduce").exists():
+            prepared(repository, shipped, **limits)
+        params = config.load()
+        found = evidence(params.benchmark)
+        verdict = gate(found._replace(infra=infra or found.infra), params.gate, params.classes)
+        repository.report("gate").write_text(json.dumps(verdict.to_json() | (parts or {})))
+        return verdict
+
+    return write
+
+
+def test_a_verdict_is_confirmed_by_the_evidence_that_lies_here(recorded: Callable[..., Verdict]) -> None:
+    verdict = recorded()
+    assert verdict.passed
+    assert confirm(config.load()) == verdict
+    met: Any = verdict.infra
+    last_bit = {name: case | {"difference": 1e-7} for name, case in met.items()}
+    verdict = recorded(infra=last_bit)
+    assert confirm(config.load()) == verdict
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_size_bytes": 999}], ids=["passed", "refused"])
+def test_a_verdict_that_the_evidence_does_not_come_to_is_an_error(
+    recorded: Callable[..., Verdict], limits: dict[str, Any]
+) -> None:
+    verdict = recorded(**limits)
+    recorded({"passed": not verdict.passed})
+    with pytest.raises(StageError, match="is not what its evidence comes to: `dvc repro --force --single-item gate`"):
+        confirm(config.load())
+
+
+def test_what_passed_has_to_meet_its_golden_outputs_here_and_now(
+    recorded: Callable[..., Verdict], repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = recorded().infra
+    bad = {"huge": {"difference": 0.5, "same_top1": True, "repeatable": False}}
+    monkeypatch.setattr(probe, "meet", lambda *_: bad)
+    recorded(infra=good)
+    with pytest.raises(StageError) as raised:
+        confirm(config.load())
+    assert str(raised.value).endswith(
+        "is not what its evidence comes to: golden_difference (huge) is 0.5 but must be <= 0.001; "
+        "golden_not_repeatable (huge) is 1.0 but must be <= 0"
+    )
+    refused = recorded()
+    assert not refused.passed
+    assert confirm(config.load()) == refused  # what is refused anyway may fail here, too
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "null", "{}", '{"schema_version": 2}', '{"schema_version": 3}', '{"schema_version": 3, "passed": 1}'],
+)
+def test_what_is_no_verdict_of_this_version_is_an_error(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "gate.json"
+    path.write_text(content)
+    with pytest.raises(StageError, match="is no verdict of this version of Weighin: `weighin run` makes one"):
+        read(path)
+    whole = judged(full()).to_json()
+    path.write_text(json.dumps(whole))
+    assert read(path) == judged(full())
+    path.write_text(json.dumps(whole | {"schema_version": 2}))
+    with pytest.raises(StageError, match="is no verdict of this version"):
+        read(path)
