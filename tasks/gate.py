@@ -269,7 +269,7 @@ def _slice(value: str, table: Table, limit: config.Slice, limits: config.Gate) -
         "lower": lower,
         "upper": upper,
     }
-    if table and table[0]["champion"]:
+    if table and all(row["champion"] for row in table):
         found = noninferiority.difference(right, _right(table, "champion"), confidence)
         entry["difference"] = Difference(**found._asdict())
     return SliceResult(**entry)

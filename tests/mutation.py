@@ -221,11 +221,15 @@ class Lab:
                 importlib.import_module(name)
 
     def judge(self, source: str, chosen: Round) -> tuple[str, Outcome]:
-        """Run the tests against a mutant until one fails."""
+        """Run the tests against a mutant until one fails; once more if one did not end, as where all was halted."""
         (self.root / self.module).write_text(source)
-        outcome = self._run(chosen, self.durations, compiled=False)
         names = {0: SURVIVED, LATE: TIMED_OUT, -signal.SIGKILL: TIMED_OUT}
-        return names.get(outcome.status, KILLED), outcome
+        for _ in range(2):
+            outcome = self._run(chosen, self.durations, compiled=False)
+            result = names.get(outcome.status, KILLED)
+            if result != TIMED_OUT:
+                break
+        return result, outcome
 
     def _run(self, chosen: Round, durations: dict[str, float], compiled: bool) -> Outcome:
         started, told = time.monotonic(), self.folder / "told.json"
@@ -243,38 +247,19 @@ class Lab:
 
     def _test(self, chosen: Round, durations: dict[str, float], compiled: bool, told: Path) -> None:
         """What the forked process does; it does not return."""
-        status = 70
+        status = os.EX_SOFTWARE
         try:
             os.setsid()
             watch = Watch(chosen, durations)
             self._move_in(compiled)
-
-            def tell() -> None:
-                names = [name for name, module in sys.modules.items() if _is_of_others(name, module)]
-                made = {
-                    "failed": watch.failed or watch.running,
-                    "durations": watch.durations,
-                    "imported": names if compiled else [],
-                }
-                told.write_text(json.dumps(made))
-
-            def late(*_: Any) -> None:
-                tell()
-                os._exit(LATE)
-
-            signal.signal(signal.SIGALRM, late)
             import pytest
 
-            scratch = self.folder / "scratch"
-            options = [
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                f"--basetemp={scratch}",
-                *(("-k", chosen.keyword) * bool(chosen.keyword)),
-            ]
-            status = int(pytest.main([*options, *([] if compiled else ["-x"]), *chosen.files], plugins=[watch]))
-            tell()
+            signal.signal(signal.SIGALRM, lambda *_: _leave(LATE, watch, told, compiled))
+            options = ["-q", "-p", "no:cacheprovider", f"--basetemp={self.folder / 'scratch'}"]
+            options += ["-k", chosen.keyword] if chosen.keyword else []
+            options += [] if compiled else ["-x"]
+            status = int(pytest.main([*options, *chosen.files], plugins=[watch]))
+            _leave(status, watch, told, compiled)
         finally:
             os._exit(status)
 
@@ -294,6 +279,14 @@ class Lab:
         os.environ |= {"PYTHONPATH": str(self.root)} | ({} if compiled else {"PYTHONDONTWRITEBYTECODE": "1"})
         sys.dont_write_bytecode = not compiled
         importlib.invalidate_caches()
+
+
+def _leave(status: int, watch: Watch, told: Path, with_imports: bool) -> None:
+    """End this process, and tell what it has seen."""
+    names = [name for name, module in sys.modules.items() if _is_of_others(name, module)] if with_imports else []
+    made = {"failed": watch.failed or watch.running, "durations": watch.durations, "imported": names}
+    told.write_text(json.dumps(made))
+    os._exit(status)
 
 
 def _wait(process: int, limit: float) -> int:

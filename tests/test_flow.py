@@ -119,7 +119,7 @@ def test_a_tighter_gate_runs_the_gate_alone_and_refuses(workspace: Workspace) ->
 
 
 def test_the_record_is_audited_explained_and_made_again(workspace: Workspace) -> None:
-    assert "everything holds: 1 decisions" in workspace.output("weighin", "audit", "--all")
+    assert "everything holds: 1 decision, " in workspace.output("weighin", "audit", "--all")
     explained = workspace.output("weighin", "gate", "--explain")
     assert "ok champion: bootstrap" in explained
     assert "must be >= 0.9" in explained

@@ -625,6 +625,13 @@ def test_a_slice_that_the_champion_has_right_and_ours_all_wrong_has_lost_everyth
     assert (check.value, check.where, check.passed) == (1.0, "owl", False)
 
 
+def test_a_slice_in_which_the_champion_left_an_image_out_has_no_difference() -> None:
+    """Its missing answer would count as a wrong one, to our advantage."""
+    given = with_table(lambda cells: cells[2].__setitem__(2, ""))
+    first, second = judged(given).slices["label"][:2]
+    assert (first.difference, second.difference is None) == (None, False)
+
+
 def test_the_worst_slice_is_named() -> None:
     verdict = judged(full())
     assert one_check(verdict, "top1_by_label").where == "owl"

@@ -48,6 +48,7 @@ def audit(
         names = refs.list_refs(root)
         tip = names.get(refs.BRANCH, names.get(UPSTREAM))
         found = Refs(tip, refs.BRANCH in names, None, refs.read_tags(root, names))
+        reader.readers |= {names[f"refs/tags/{tag}"]: commit for tag, commit in found.tags.items()}
         if found.tip is None:
             raise RegistryError(f"{root} has no branch registry: nothing has been decided yet, or it was not fetched")
         wanted = _choose_commit(found, model, artifacts)

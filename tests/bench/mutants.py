@@ -7,7 +7,7 @@ the project, and the slow ones against what survives them. Results are kept in d
 line each, and a second call goes on from there: what was killed counts as long as the module stays as it is, what
 survived as long as the tests do, too. Mutants that no test can tell from the module are listed in
 mutants_equivalent.json, with the reasons. Prints a summary and the survivors, and ends with status 1 if one of them is
-not listed. Takes hours for the chain, whose tests work with real git, and about half an hour for each of the others.
+not listed. One that is killed takes 2 to 10 s on a busy core, one that survives as long as all of its tests.
 """
 
 import argparse
