@@ -87,6 +87,7 @@ def networks(params: config.Params, table: costs.Table) -> costs.Table:
     return {(costs.NETWORK, int(name), int(name)): times[name] - cost.latency_ms for name, cost in planned.items()}
 
 
+# Seven parameters: a network in its two shapes, and what the stages from masking to the file need.
 def write_network(
     net: nn.Module,
     slim: nn.Module,

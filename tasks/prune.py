@@ -80,6 +80,7 @@ def prune(teacher: nn.Module, spec: Spec, params: config.Prune, train: Path, val
     return finish(teacher, slim, plan, params, images, held_out, checkpoint)
 
 
+# Seven parameters: two networks with what tells them apart, and the two splits and the file of the training.
 def finish(
     teacher: nn.Module,
     slim: nn.Module,
@@ -154,6 +155,7 @@ def prune_to_limits(
     )
 
 
+# Eight parameters: the models, what is asked, and the two splits and the file that every attempt uses.
 def compress(
     teacher: nn.Module,
     spec: Spec,

@@ -45,10 +45,7 @@ def audit(
     _catch_up(root)
     with git.Objects(root) as objects:
         reader = Reader(objects)
-        names = refs.list_refs(root)
-        tip = names.get(refs.BRANCH, names.get(UPSTREAM))
-        found = Refs(tip, refs.BRANCH in names, None, refs.read_tags(root, names))
-        reader.readers |= {names[f"refs/tags/{tag}"]: commit for tag, commit in found.tags.items()}
+        found = _read_refs(root, reader)
         if found.tip is None:
             raise RegistryError(f"{root} has no branch registry: nothing has been decided yet, or it was not fetched")
         wanted = _choose_commit(found, model, artifacts)
@@ -96,6 +93,14 @@ def _catch_up(root: Path) -> None:
     if git.git(root, "for-each-ref", "--format=%(objectname)", UPSTREAM) not in logged_commits(root):
         with contextlib.suppress(RegistryError):  # the audit finds what stands against it
             refs.forward(root, UPSTREAM)
+
+
+def _read_refs(root: Path, reader: Reader) -> Refs:
+    """The refs as they are here; the objects of the tags count as read for the decisions that they are on."""
+    names = refs.list_refs(root)
+    tags = refs.read_tags(root, names)
+    reader.readers |= {names[f"refs/tags/{tag}"]: commit for tag, commit in tags.items()}
+    return Refs(names.get(refs.BRANCH, names.get(UPSTREAM)), refs.BRANCH in names, None, tags)
 
 
 def _choose_commit(found: Refs, model: str, artifacts: str) -> str | None:

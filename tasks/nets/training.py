@@ -116,6 +116,7 @@ def evaluate(net: nn.Module, images: Images) -> tuple[float, float]:
     return correct / len(images), loss / len(images)
 
 
+# Seven parameters: what a training run consists of; those that are seldom given are named.
 def fit(
     net: nn.Module,
     train: Labelled,
@@ -166,6 +167,7 @@ def write_history(path: Path, history: list[dict[str, float]]) -> None:
     files.write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
+# Eight parameters: the state of a training run, which `fit` has in its own variables.
 def _epoch(
     net: nn.Module,
     train: Labelled,
