@@ -46,14 +46,14 @@ def room(module: str) -> str:
     return next((name for name in names if name in ALLOWED), module)
 
 
-def imported(module: str, nested: bool = True) -> set[str]:
-    """The modules that this one imports; those in functions too, if `nested`, but none for type checking only."""
+def imported(module: str, for_checking: bool = False) -> set[str]:
+    """The modules that this one imports, in functions too; and those for type checking only, if they are asked for."""
     tree = ast.parse(MODULES[module].read_text())
     checking = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     skipped = {id(inner) for node in checking for inner in ast.walk(node)}
     found: set[str] = set()
-    for node in ast.walk(tree) if nested else tree.body:
-        if id(node) in skipped:
+    for node in ast.walk(tree):
+        if id(node) in skipped and not for_checking:
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -78,8 +78,8 @@ def test_some_libraries_are_imported_in_a_few_places_only(library: str) -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Those in functions count, too."""
-    edges = {module: imported(module) & MODULES.keys() for module in MODULES}
+    """Imports in functions and for type checking count, too."""
+    edges = {module: imported(module, for_checking=True) & MODULES.keys() for module in MODULES}
     left = dict(edges)
     while leaves := [module for module, names in left.items() if not names & left.keys()]:
         for module in leaves:
