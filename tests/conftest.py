@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 from torch import nn
-from workspace import OWN_GIT, server
+from workspace import own_git, server
 
 from tasks import prune
 from tasks.core import config
@@ -57,12 +57,9 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="module")
-def own_git() -> Iterator[None]:
-    """A git that knows none of the machine's settings."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in OWN_GIT.items():
-            patch.setenv(name, value)
+@pytest.fixture(scope="module", name="own_git")
+def _own_git() -> Iterator[None]:
+    with own_git():
         yield
 
 

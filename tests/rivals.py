@@ -1,19 +1,16 @@
 """Two processes that decide at once, round after round: in two work trees of one repository, or two of its clones."""
 
 import multiprocessing
-import os
 import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from multiprocessing.context import ForkProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ledger import MODEL, Ledger, opened, production
-from workspace import OWN_GIT
 
 from flows.registry import git
 from flows.registry.audit import ALL, audit
@@ -21,11 +18,9 @@ from flows.registry.chain import Link
 from flows.registry.decision import Champion, Decision
 from flows.registry.record import Superseded
 from flows.registry.refs import BRANCH
-from tasks.core import quiet
 from tasks.core.errors import RegistryError
 
 WAIT_S = 120.0
-SETTINGS = OWN_GIT | quiet.SETTINGS
 FORK = multiprocessing.get_context("fork")
 
 
@@ -210,15 +205,3 @@ def _chain(place: Path, links: list[Link]) -> Iterator[str]:
             if champion.version != production:
                 yield f"{decision.version} was compared with {champion.version}, not with {production}"
         production = decision.version or production
-
-
-@contextmanager
-def own_git() -> Iterator[None]:
-    """git without anybody's settings."""
-    before = dict(os.environ)
-    os.environ |= SETTINGS
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ |= before

@@ -1,6 +1,5 @@
 """Keys: where the private one comes from, that it stays private, and which are trusted when, as OpenSSH has it."""
 
-import base64
 import os
 import shutil
 import subprocess
@@ -241,7 +240,7 @@ def test_processes_that_begin_at_once_use_one_key(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / ".weighin").iterdir()] == ["signing.pem"]
 
 
-GOOD = base64.b64encode(keys.wire(new_key().public_key())).decode()
+GOOD = keys.openssh(new_key().public_key()).split()[1]
 
 
 @pytest.mark.parametrize(
@@ -297,7 +296,7 @@ def far_from_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_trust_over_time_is_as_openssh_has_it(tmp_path: Path, intervals: list[str]) -> None:
     key = new_key()
     path = key_file(tmp_path / "key", pem(key))
-    blob = base64.b64encode(keys.wire(key.public_key())).decode()
+    blob = keys.openssh(key.public_key()).split()[1]
     trusted_file(tmp_path, "".join(f" weighin\t{options} ecdsa-sha2-nistp256 {blob}\n" for options in intervals))
     trusted = keys.trusted_keys(tmp_path)
     for offset in (-43201, -1, 0, 1, 59, 60, 61, 43200, 43201):
@@ -332,7 +331,7 @@ def test_rotation_ends_the_old_key_and_begins_the_new(tmp_path: Path) -> None:
 
 def test_rotation_keeps_every_other_byte(tmp_path: Path) -> None:
     sign_key(tmp_path)
-    mine = base64.b64encode(keys.wire(keys.trusted_keys(tmp_path)[0].public_key)).decode()
+    mine = keys.openssh(keys.trusted_keys(tmp_path)[0].public_key).split()[1]
     other = keys.trusted_line(new_key().public_key(), NOW)
     lines = [
         "# caf\u00e9".encode("latin-1"),

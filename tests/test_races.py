@@ -1,6 +1,6 @@
 """Two who decide at once: one wins, the other faces the winner. tests/bench/races.py runs many more rounds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,7 @@ ROUNDS = 4
 SEED = 3
 
 
-@pytest.fixture(autouse=True)
-def _own_git() -> Iterator[None]:
-    with rivals.own_git():
-        yield
+pytestmark = pytest.mark.usefixtures("own_git")
 
 
 @pytest.mark.parametrize("meet", [rivals.work_trees, rivals.clones])

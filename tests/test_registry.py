@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from flows.registry.record import Superseded
 from flows.registry.refs import CODE_REFS
 from tasks.core import files, paths
 from tasks.core.errors import ParamsError, RegistryError
+
+pytestmark = pytest.mark.usefixtures("own_git")
 
 BIN = Path(sys.executable).parent
 PASSED = {"name": "top1", "value": 1.0, "operator": ">=", "limit": 0.5, "where": None, "passed": True}
@@ -57,18 +58,6 @@ def dvc(root: Path, *args: str) -> str:
 
 def gto(root: Path, *args: str) -> str:
     return run(root, str(BIN / "gto"), *args)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_git(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A git that knows its user and nothing else of the machine's settings."""
-    settings = tmp_path_factory.mktemp("git") / "config"
-    settings.write_text("[user]\nname = Ada\nemail = ada@example.org\n[init]\ndefaultBranch = main\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GIT_CONFIG_GLOBAL", str(settings))
-        patch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-        patch.setenv("TZ", "UTC")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from workspace import OWN_GIT
 
 from flows.registry import keys, signing
 from tasks.core import files
@@ -22,9 +21,7 @@ SECOND = timedelta(seconds=1)
 
 
 @pytest.fixture(autouse=True)
-def _own_git(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in OWN_GIT.items():
-        monkeypatch.setenv(name, value)
+def _far_away(own_git: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "America/New_York")
     monkeypatch.delenv(keys.VARIABLE, raising=False)
 

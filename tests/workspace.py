@@ -27,7 +27,16 @@ RECIPE = "data/recipes/mlp-digits.yaml"
 PROMOTED, FAILED, USAGE, REFUSED = 0, 1, 2, 3
 WAIT_S = 120
 # A git that knows none of the machine's settings.
-OWN_GIT = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "TZ": "UTC"}
+OWN_GIT = {"GIT_CONFIG_GLOBAL": str(Path(__file__).with_name("gitconfig")), "GIT_CONFIG_NOSYSTEM": "1", "TZ": "UTC"}
+
+
+@contextmanager
+def own_git() -> Iterator[None]:
+    """A git that knows none of the machine's settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in OWN_GIT.items():
+            patch.setenv(name, value)
+        yield
 
 
 class Workspace:

@@ -24,6 +24,7 @@ from tasks.core.errors import RegistryError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+    from model_signing.signing import Config
 
 VARIABLE = "WEIGHIN_SIGNING_KEY"
 FOLDER = Path(".weighin")
@@ -54,28 +55,33 @@ class TrustedKey(NamedTuple):
 class PrivateKey:
     """A key that can sign, wherever it lies.
 
-    `sign` makes the ECDSA signature (DER) of the SHA-256 of some bytes; `model_signer` is model-signing's signer.
+    `sign` makes the ECDSA signature (DER) of the SHA-256 of some bytes; `folder_signing` is model-signing's
+    configuration that signs folders with the key.
     """
 
     public_key: "EllipticCurvePublicKey"
     sign: Callable[[bytes], bytes]
-    model_signer: Callable[[], Any]
+    folder_signing: "Callable[[], Config]"
 
 
-def wire(public_key: "EllipticCurvePublicKey") -> bytes:
-    """The public key as SSH sends it (RFC 5656, section 3.1)."""
+def openssh(public_key: "EllipticCurvePublicKey") -> str:
+    """The public key as OpenSSH writes it: its kind and, in base64, the blob that SSH sends (RFC 5656)."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-    point = public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
-    return b"".join(len(part).to_bytes(4, "big") + part for part in (KIND.encode(), b"nistp256", point))
+    return public_key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def blob(public_key: "EllipticCurvePublicKey") -> bytes:
+    """The public key as SSH sends it (RFC 5656, section 3.1)."""
+    return base64.b64decode(openssh(public_key).split()[1])
 
 
 def fingerprint(public_key: "EllipticCurvePublicKey") -> str:
     """`SHA256:…`, as `ssh-keygen -l` prints it."""
-    return wire_fingerprint(wire(public_key))
+    return blob_fingerprint(blob(public_key))
 
 
-def wire_fingerprint(blob: bytes) -> str:
+def blob_fingerprint(blob: bytes) -> str:
     """The fingerprint of a public key of any kind, given as SSH sends it."""
     return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
@@ -106,7 +112,7 @@ def is_trusted(trusted: Iterable[TrustedKey], public_key: "EllipticCurvePublicKe
 def trusted_line(public_key: "EllipticCurvePublicKey", after: datetime) -> str:
     """The line that trusts a key from some time on, without line end; its comment is the fingerprint."""
     options = f'namespaces="git",valid-after="{_stamp(after)}"'
-    return f"weighin {options} {KIND} {base64.b64encode(wire(public_key)).decode()} {fingerprint(public_key)}"
+    return f"weighin {options} {openssh(public_key)} {fingerprint(public_key)}"
 
 
 def current(root: Path, now: datetime, say: Callable[[str], None] = print, first: bool = True) -> PrivateKey:
@@ -232,13 +238,13 @@ def _in_memory(key: "EllipticCurvePrivateKey") -> PrivateKey:
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    def model_signer() -> Any:
-        from model_signing._signing import sign_ec_key
+    def folder_signing() -> "Config":
+        from model_signing.signing import Config
 
         with as_path(_pem(key)) as path:
-            return sign_ec_key.Signer(path)
+            return Config().use_elliptic_key_signer(private_key=path)  # type: ignore[no-untyped-call]
 
-    return PrivateKey(key.public_key(), lambda data: key.sign(data, ec.ECDSA(hashes.SHA256())), model_signer)
+    return PrivateKey(key.public_key(), lambda data: key.sign(data, ec.ECDSA(hashes.SHA256())), folder_signing)
 
 
 def _from_environment(root: Path, value: str) -> PrivateKey:
@@ -259,13 +265,14 @@ def _from_environment(root: Path, value: str) -> PrivateKey:
 def _on_token(uri: str) -> PrivateKey:
     try:
         import PyKCS11
-        from model_signing._signing import sign_pkcs11
+        from model_signing.signing import Config
     except ImportError:
         raise RegistryError(f"{VARIABLE} has a pkcs11: URI: `pip install 'model-signing[pkcs11]'` first") from None
     from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
     try:
-        signer: Any = sign_pkcs11.Signer(uri)
+        config = Config().use_pkcs11_signer(pkcs11_uri=uri)  # type: ignore[no-untyped-call]
+        signer: Any = config._signer  # its session signs commits, too
         identity, label = signer.pkcs11_uri.get_keyid_and_label()
         handle = signer.find_object(PyKCS11.CKO_PRIVATE_KEY, label=label, id=identity)
     except PyKCS11.PyKCS11Error as error:
@@ -281,7 +288,7 @@ def _on_token(uri: str) -> PrivateKey:
         pair = bytes(signer.session.sign(handle, hashlib.sha256(data).digest(), mecha=mechanism))
         return encode_dss_signature(int.from_bytes(pair[:32], "big"), int.from_bytes(pair[32:], "big"))
 
-    return PrivateKey(signer.public_key(), sign, lambda: signer)
+    return PrivateKey(signer.public_key(), sign, lambda: config)
 
 
 def _finish_rotation(root: Path, trusted: Iterable[TrustedKey]) -> bool:
@@ -362,13 +369,13 @@ def _time(number: int, quoted: str | None) -> datetime | None:
 
 def _public_key(number: int, text: str) -> "EllipticCurvePublicKey":
     from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
     try:
-        blob = base64.b64decode(text, validate=True)
-        key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), blob[-65:])
-    except ValueError:
+        key = load_ssh_public_key(f"{KIND} {text}".encode())
+    except (ValueError, NotImplementedError):  # the latter for a point in a form that OpenSSH does not write
         raise _malformed_line(number, "its key is damaged") from None
-    if base64.b64encode(wire(key)).decode() != text:
+    if not isinstance(key, ec.EllipticCurvePublicKey) or openssh(key) != f"{KIND} {text}":
         raise _malformed_line(number, "its key is damaged")
     return key
 

@@ -20,6 +20,7 @@ from tasks.core.errors import RegistryError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+    from model_signing.hashing import Config
 
 MAGIC = b"SSHSIG"
 VERSION = (1).to_bytes(4, "big")
@@ -48,20 +49,17 @@ class Signer:
 
         pair = decode_dss_signature(self._key.sign(_signed_blob(payload, HASHES[0])))
         inner = _pack(keys.KIND.encode(), _pack(*(_mpint(number) for number in pair)))
-        blob = MAGIC + VERSION + _pack(keys.wire(self.public_key), NAMESPACE, b"", HASHES[0], inner)
+        blob = MAGIC + VERSION + _pack(keys.blob(self.public_key), NAMESPACE, b"", HASHES[0], inner)
         return "\n".join([BEGIN, *re.findall(".{1,70}", base64.b64encode(blob).decode()), END, ""])
 
     def sign_folder(self, folder: Path, signature: Path) -> None:
         """Write the signature of every file in the folder, but of itself; `RegistryError` if it has a link."""
-        from model_signing._signing import signing
-
-        try:
-            manifest = _manifest(folder, signature)
-        except ValueError as error:
-            raise RegistryError(f"{folder} cannot be signed: {error}") from None
-        made = self._key.model_signer().sign(signing.Payload(manifest))
+        config = self._key.folder_signing().set_hashing_config(_hashing(signature))
         with files.replacing(signature) as (temporary,):
-            made.write(temporary)
+            try:
+                config.sign(folder.resolve(), temporary)
+            except ValueError as error:
+                raise RegistryError(f"{folder} cannot be signed: {error}") from None
 
 
 def signer(root: Path, now: datetime, say: Callable[[str], None] = print, first: bool = True) -> Signer:
@@ -78,7 +76,7 @@ def verify_commit(payload: bytes, signature: str | None, trusted: Iterable[keys.
     if signature is None:
         raise RegistryError("the commit is not signed")
     blob, algorithm, numbers = _parse_signature(signature)
-    name = keys.wire_fingerprint(blob)
+    name = keys.blob_fingerprint(blob)
     known = tuple(key for key in trusted if key.fingerprint == name)
     if not known:
         raise RegistryError(f"the commit is signed by the unknown key {name}: it is not in {keys.TRUSTED}")
@@ -128,7 +126,7 @@ def verify_folder(folder: Path, signature: Path, public_key: "EllipticCurvePubli
     `RegistryError` if not, naming the files that differ, are missing or are extra.
     """
     try:
-        found = _manifest(folder, signature).resource_descriptors()
+        found = _hashing(signature).hash(folder.resolve()).resource_descriptors()
     except ValueError as error:
         raise RegistryError(f"{folder} cannot be verified: {error}") from None
     verify_manifest(signature, {item.identifier: item.digest.digest_hex for item in found}, public_key)
@@ -176,13 +174,14 @@ def _signed_manifest(signature: Path, public_key: "EllipticCurvePublicKey") -> A
         raise RegistryError(f"{signature} is no signature of files by key {name}: {words.strip()}") from None
 
 
-def _manifest(folder: Path, signature: Path) -> Any:
-    from model_signing import hashing
+def _hashing(signature: Path) -> "Config":
+    """How model-signing hashes the files of a folder: all but the signature."""
+    from model_signing.hashing import Config
 
     # By default model-signing would leave out .gitignore, .github and the like, which then could be changed.
     beside = signature.parent.resolve() / signature.name
-    config: Any = hashing.Config
-    return config().set_ignored_paths(paths=[beside], ignore_git_paths=False).hash(folder.resolve())
+    config = Config()  # type: ignore[no-untyped-call]
+    return config.set_ignored_paths(paths=[beside], ignore_git_paths=False)
 
 
 def _signed_blob(payload: bytes, algorithm: bytes) -> bytes:

@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import crash
 import rivals
 from ledger import Ledger
+from workspace import own_git
 
 from tasks.core import files, paths
 
@@ -64,7 +65,7 @@ def line(name: str, rounds: list[rivals.Round], won: list[int], wrong: list[str]
 def main() -> None:
     started, rows = time.monotonic(), []
     crash.warm()
-    with tempfile.TemporaryDirectory(prefix="weighin-") as scratch, rivals.own_git():
+    with tempfile.TemporaryDirectory(prefix="weighin-") as scratch, own_git():
         rows.append(promotions(Path(scratch) / "trees", shared=False))
         print(rows[-1], flush=True)
         rows.append(promotions(Path(scratch) / "clones", shared=True))
