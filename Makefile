@@ -1,5 +1,6 @@
 # make run: set up everything and run the main job.  make test: set up everything and test it.
-PYTHON ?= python3.11
+# Any of these does; the pins were made with the first.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13,$(shell command -v $(name))) python3)
 PARAMS ?= params.yaml
 BIN := .venv/bin
 # Stages are processes of their own: they start sooner from modules that were compiled once, at their first use.

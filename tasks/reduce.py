@@ -42,7 +42,6 @@ def reduce(quantized: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Any]]
     compact.drop_implied_constants(model)
     graph.strip(model)
     compact.merge_equal_constants(model)
-    graph.strip(model)
     compact.rename(model)
     onnx.helper.set_model_props(model, {key: value for key, value in properties.items() if key == "weighin"})
     onnx.checker.check_model(model, full_check=True)

@@ -1,6 +1,7 @@
 """What makes a file smaller and not one result other: constants and names."""
 
 import itertools
+import sys
 
 import numpy as np
 import numpy.typing as npt
@@ -60,13 +61,9 @@ def _float_bias(
 
 def merge_equal_constants(model: onnx.ModelProto) -> None:
     """Keep one copy of constants with the same type, shape and bytes, in place."""
-    first: dict[tuple[object, ...], str] = {}
-    names: dict[str, str] = {}
-    for tensor in model.graph.initializer:
-        values = numpy_helper.to_array(tensor)
-        names[tensor.name] = first.setdefault((tensor.data_type, values.shape, values.tobytes()), tensor.name)
-    for node in model.graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
+    from onnx_ir.passes import common
+
+    graph.run_passes(model, common.DeduplicateInitializersPass(size_limit=sys.maxsize))
 
 
 def rename(model: onnx.ModelProto) -> None:

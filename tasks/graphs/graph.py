@@ -1,12 +1,15 @@
-"""ONNX graphs: what is folded, stripped and removed."""
+"""ONNX graphs: what is rewritten, stripped and counted."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
+
+if TYPE_CHECKING:
+    from onnx_ir.passes import PassBase
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
@@ -23,48 +26,6 @@ def shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
         value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
         for value in (*inferred.value_info, *inferred.input, *inferred.output)
     }
-
-
-def fold_pads(model: onnx.ModelProto) -> None:
-    """Make each constant zero Pad part of the convolution that reads it, in place; pads may be asymmetric."""
-    constants = initializers(model)
-    outputs = {value.name for value in model.graph.output}
-    for node in [node for node in model.graph.node if node.op_type == "Pad"]:
-        users = [user for user in model.graph.node if node.output[0] in user.input]
-        sizes = _zero_pads(node, constants)
-        if sizes is None or node.output[0] in outputs or not all(_can_pad(user, node.output[0]) for user in users):
-            continue
-        for user in users:
-            _add_pads(user, sizes)
-            user.input[0] = node.input[0]
-        model.graph.node.remove(node)
-
-
-def _zero_pads(pad: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> list[int] | None:
-    """The sizes a Pad adds around height and width; None if it does anything else than surround them with zeros."""
-    amount, value, axes = (*pad.input[1:], "", "")[:3]
-    if attribute(pad, "mode", b"constant") != b"constant" or amount not in constants or axes:
-        return None
-    if value and (value not in constants or numpy_helper.to_array(constants[value]).any()):
-        return None
-    sizes: list[int] = numpy_helper.to_array(constants[amount]).tolist()
-    rank = len(sizes) // 2
-    if any(sizes[:2]) or any(sizes[rank : rank + 2]) or min(sizes) < 0:
-        return None
-    return sizes[2:rank] + sizes[rank + 2 :]
-
-
-def _can_pad(user: onnx.NodeProto, name: str) -> bool:
-    automatic = attribute(user, "auto_pad", b"NOTSET") != b"NOTSET"
-    return user.op_type == "Conv" and name not in user.input[1:] and not automatic
-
-
-def _add_pads(conv: onnx.NodeProto, sizes: list[int]) -> None:
-    own = next((a for a in conv.attribute if a.name == "pads"), None)
-    if own is None:
-        conv.attribute.append(onnx.helper.make_attribute("pads", sizes))
-    else:
-        own.ints[:] = [a + b for a, b in zip(own.ints, sizes, strict=True)]
 
 
 def pool_means(model: onnx.ModelProto) -> None:
@@ -100,17 +61,39 @@ def attribute(node: onnx.NodeProto, name: str, default: object) -> Any:
 
 
 def strip(model: onnx.ModelProto) -> None:
-    """Drop what no runtime reads, in place: doc strings, node metadata, value_info, unused initializers."""
-    graph = model.graph
-    model.ClearField("doc_string")
-    graph.ClearField("doc_string")
-    del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:], model.functions[:]
-    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
-        graph.initializer.remove(tensor)
-    for item in (*graph.node, *graph.initializer, *graph.input, *graph.output):
-        item.ClearField("doc_string")
-        del item.metadata_props[:]
+    """Drop what no runtime reads, in place: doc strings, metadata, value_info, functions, what nobody uses."""
+    from onnx_ir.passes import common
+
+    run_passes(
+        model,
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+        common.ClearMetadataAndDocStringPass(),
+    )
+    for part in (model, *model.graph.input, *model.graph.output):  # onnx_ir leaves these as they are
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+
+
+def drop_dead(model: onnx.ModelProto) -> None:
+    """Drop nodes whose results nobody reads and constants that no node reads, in place."""
+    from onnx_ir.passes import common
+
+    run_passes(model, common.RemoveUnusedNodesPass())
+
+
+def run_passes(model: onnx.ModelProto, *passes: "PassBase") -> None:
+    """Run passes of onnx_ir over the model, in place; its value_info goes.
+
+    Nodes and constants that were taken from it before are no longer its own.
+    """
+    import onnx_ir
+
+    changed = onnx_ir.serde.deserialize_model(model)
+    for one in passes:
+        one(changed)
+    model.CopyFrom(onnx_ir.serde.serialize_model(changed))
+    del model.graph.value_info[:]  # onnx_ir writes the shapes of constants there, which may be cut
 
 
 class Constants:
@@ -242,16 +225,3 @@ def macs(model: onnx.ModelProto) -> int:
         else:
             total += weight.size * int(np.prod(known[node.output[0]][1:-1]))
     return total
-
-
-def drop_dead(model: onnx.ModelProto) -> int:
-    """Drop nodes whose results nobody reads, in place; returns how many."""
-    dropped = 0
-    while True:
-        read = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
-        dead = [node for node in model.graph.node if not read.intersection(node.output)]
-        for node in dead:
-            model.graph.node.remove(node)
-        dropped += len(dead)
-        if not dead:
-            return dropped

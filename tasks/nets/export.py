@@ -28,8 +28,8 @@ class Clamp(nn.Module):
 def export(net: nn.Module, spec: Spec, path: Path) -> None:
     """Write the network as ONNX: input `image` float32 (batch, C, H, W), output `logits` float32 (batch, classes).
 
-    BatchNorm is folded, paddings are part of their convolutions, and classes and preprocessing are in the
-    file's metadata under the key `weighin`.
+    BatchNorm is folded and paddings are part of their convolutions, both by PyTorch's exporter; classes and
+    preprocessing are in the file's metadata under the key `weighin`.
     """
     net = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format).eval()  # channels_last exports as gathers
     for module in net.modules():
@@ -52,7 +52,6 @@ def export(net: nn.Module, spec: Spec, path: Path) -> None:
             verbose=False,
         )
     model: onnx.ModelProto = program.model_proto  # type: ignore[union-attr]
-    graph.fold_pads(model)
     graph.pool_means(model)
     graph.flatten_reshapes(model)
     graph.strip(model)
