@@ -7,7 +7,7 @@ from rich.table import Table
 
 from tasks.core import config
 from tasks.core.files import Json
-from tasks.core.report import Weighed, stage_rows
+from tasks.core.report import Measurements, stage_rows
 
 if TYPE_CHECKING:
     from flows.registry.findings import Report
@@ -20,8 +20,8 @@ def run(content: Json) -> None:
     table = Table("stage", title=None)
     for column in ("top-1", "bytes", "p50 ms", "smaller", "faster"):
         table.add_column(column, justify="right")
-    stages = {name: Weighed.model_validate(stage) for name, stage in content["stages"].items()}
-    champion = content["champion"] and Weighed.model_validate(content["champion"])
+    stages = {name: Measurements.model_validate(stage) for name, stage in content["stages"].items()}
+    champion = content["champion"] and Measurements.model_validate(content["champion"])
     for row in stage_rows(stages, champion):
         table.add_row(
             row["stage"],

@@ -18,7 +18,7 @@ import onnxruntime as ort
 from tasks.core import config, files, machine, paths
 from tasks.core.errors import StageError, run
 from tasks.core.progress import track
-from tasks.core.report import Latency, Report, Weighed
+from tasks.core.report import Latency, Measurements, Report
 from tasks.graphs import graph
 from tasks.graphs.optimized import optimize
 from tasks.images import splits
@@ -137,11 +137,11 @@ def benchmark(
         times = latencies(weighed | {FLOAT32: in_float}, profile)
     actual, columns = splits.columns(test, classes)
     predicted: dict[str, list[str]] = {}
-    entries: dict[str, Weighed] = {}
+    entries: dict[str, Measurements] = {}
     for name, model in weighed.items():
         print(f"weighing {name}", flush=True)
         predicted[name] = answers(model, test, profile.threads)
-        entries[name] = Weighed(
+        entries[name] = Measurements(
             **accuracy(actual, predicted[name], classes),
             **latency(times[name]).model_dump(),
             **probe(model, profile.threads, profile.memory_limit_bytes),

@@ -11,7 +11,7 @@ from typing import Any
 from ledger import Ledger, md5
 
 from flows.registry import git, signing
-from flows.registry.decision import CARRIED, DECISION, SIGNATURE
+from flows.registry.decision import COPIED_FILES, DECISION, SIGNATURE
 from flows.registry.decision import MODEL as SHIPPED
 from flows.registry.refs import BRANCH
 from tasks.core import files
@@ -194,7 +194,7 @@ def carry(ledger: Ledger, contents: Contents, name: str, data: bytes) -> None:
                 new = new.replace(was.encode(), now.encode())
             if new == text:
                 continue
-            if other in CARRIED and other not in ("dvc.lock", "dvc.yaml"):
+            if other in COPIED_FILES and other not in ("dvc.lock", "dvc.yaml"):
                 queue.append((other, new))
             else:
                 contents[other] = new

@@ -17,7 +17,7 @@ from ledger import FILES as LAID
 from ledger import Ledger, latest, model, opened, production
 
 from flows.registry import keys
-from flows.registry.decision import CARRIED, Decision
+from flows.registry.decision import COPIED_FILES, Decision
 from flows.registry.git import MOVER
 from flows.registry.record import Superseded
 from flows.registry.refs import CODE_REFS
@@ -156,7 +156,7 @@ def test_promotions_and_refusals_are_one_chain_and_promotions_are_tagged(root: P
 def test_the_commit_carries_the_record_and_what_brings_the_model_back(root: Path) -> None:
     decision = decide(root, 1)
     assert set(git(root, "ls-tree", "-r", "--name-only", "registry").split()) == {*FILES, ".dvc/config"}
-    for name, path in CARRIED.items():
+    for name, path in COPIED_FILES.items():
         blob = subprocess.run(["git", "show", f"registry:{name}"], cwd=root, check=True, capture_output=True).stdout
         assert blob == (root / path).read_bytes()
     assert decision.verdict_sha256 == hashlib.sha256((root / paths.report("gate")).read_bytes()).hexdigest()

@@ -36,7 +36,7 @@ from ledger import DOCS, FILES, MODEL, Ledger, opened
 
 from flows.registry import keys
 from flows.registry.audit import ALL, audit
-from flows.registry.decision import CARRIED, DECISION, ORIGIN, SIGNATURE
+from flows.registry.decision import COPIED_FILES, DECISION, ORIGIN_FILES, SIGNATURE
 from flows.registry.findings import Report
 from flows.registry.refs import BRANCH
 from tasks.core import files, paths
@@ -181,7 +181,7 @@ case("lock-names-another", lock_names_another, "dvc.lock", "refusal", SHIPPED)
 
 # Git's objects: every file of a decision, its tree, its commit, and the tags.
 
-BUNDLE = (*CARRIED, *ORIGIN, "README.md", "trusted_keys", "tasks/stage.py", DECISION, SIGNATURE)
+BUNDLE = (*COPIED_FILES, *ORIGIN_FILES, "README.md", "trusted_keys", "tasks/stage.py", DECISION, SIGNATURE)
 CORE = ("verdict.json", DECISION, SIGNATURE)
 for manner, how in MANNERS.items():
     for path in BUNDLE if manner == "flipped" else CORE:

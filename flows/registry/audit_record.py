@@ -12,10 +12,10 @@ from typing import NamedTuple
 from flows.registry import git, judges, keys, materials, parameters, provenance, signing
 from flows.registry.chain import Link
 from flows.registry.decision import (
-    CARRIED,
+    COPIED_FILES,
     DECISION,
     MODEL,
-    ORIGIN,
+    ORIGIN_FILES,
     REQUIRED_FILES,
     SIGNATURE,
     Champion,
@@ -31,7 +31,7 @@ from tasks import gate
 from tasks.core import files, paths
 from tasks.core.errors import RegistryError, WeighinError
 
-READ = {*CARRIED, *ORIGIN, "trusted_keys", "README.md", DECISION, SIGNATURE}
+READ = {*COPIED_FILES, *ORIGIN_FILES, "trusted_keys", "README.md", DECISION, SIGNATURE}
 REPEATS = ("approved", "rolled-back")  # decisions on the evidence of an earlier one
 TOLERANCE = 2e-6  # of recomputed bounds, which another processor may round otherwise
 
@@ -142,7 +142,7 @@ def check_record(
     champion: Champion | None = None
     with contextlib.suppress(WeighinError):  # the evidence has noted it
         champion = parse_document(Champion, record.content("champion.json"), "champion.json")
-    shared = files.digest({one: record.sha256.get(one, "") for one in (*CARRIED, *ORIGIN)})
+    shared = files.digest({one: record.sha256.get(one, "") for one in (*COPIED_FILES, *ORIGIN_FILES)})
     return Link(commit, record.decision, None, champion, shared), outputs
 
 
@@ -150,7 +150,7 @@ def _check_files(record: Record, note: Note) -> None:
     """The files of every decision are there; a repeated one has those of what it repeats, which the chain compares."""
     required = set(REQUIRED_FILES[record.decision.schema_version])
     if record.decision.outcome in REPEATS:
-        required -= {*CARRIED, *ORIGIN}
+        required -= {*COPIED_FILES, *ORIGIN_FILES}
     for name in sorted(required - record.blobs.keys()):
         note(name, "a file of every decision", "missing")
 
@@ -262,7 +262,7 @@ def _check_outputs(record: Record, outputs: tuple[Material, ...], note: Note) ->
     for path in named:
         if path not in locked and not any(path.startswith(f"{one}/") for one in locked):
             note("dvc.lock", f"{path}, as provenance.json says", "no such output")
-    for name, path in CARRIED.items():
+    for name, path in COPIED_FILES.items():
         material = named.get(path.as_posix())
         if material and name in record.contents and not material.names(record.content(name)):
             note(name, f"{material.hash}, as provenance.json says", str(record.sha256.get(name)))

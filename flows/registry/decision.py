@@ -18,9 +18,9 @@ MODEL = paths.onnx("reduce")
 DECISION = "decision.json"
 SIGNATURE = "bundle.sig"
 # What a decision says of how the model was made; a rollback repeats it.
-ORIGIN = ("environment.json", "bom.cdx.json", "provenance.json")
+ORIGIN_FILES = ("environment.json", "bom.cdx.json", "provenance.json")
 # What a commit of the registry carries of the working copy, under which name.
-CARRIED = {
+COPIED_FILES = {
     "verdict.json": paths.report("gate"),
     "metrics.json": paths.report("benchmark"),
     "predictions.csv": paths.PREDICTIONS,
@@ -34,8 +34,8 @@ CARRIED = {
 # The files of every decision, by the schema of its decision.json.
 REQUIRED_FILES: dict[int, tuple[str, ...]] = {
     0: ("verdict.json", "metrics.json", "params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config", "README.md", DECISION),
-    1: tuple({*CARRIED, *ORIGIN, "trusted_keys", "README.md", DECISION, SIGNATURE} - {"data/device.json"}),
-    2: (*CARRIED, *ORIGIN, "trusted_keys", "README.md", DECISION, SIGNATURE),
+    1: tuple({*COPIED_FILES, *ORIGIN_FILES, "trusted_keys", "README.md", DECISION, SIGNATURE} - {"data/device.json"}),
+    2: (*COPIED_FILES, *ORIGIN_FILES, "trusted_keys", "README.md", DECISION, SIGNATURE),
 }
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

@@ -15,7 +15,7 @@ from flows.registry.bom import bill_of_materials
 from flows.registry.card import model_card
 from flows.registry.chain import Link
 from flows.registry.decision import (
-    CARRIED,
+    COPIED_FILES,
     DECISION,
     MODEL,
     Benchmark,
@@ -76,7 +76,7 @@ class Registry:
         missing or damaged, if the verdict judged other files than those that lie there now, or if dvc.lock does not
         name them. Then no ref has moved.
         """
-        contents = {name: _read(self.root / path) for name, path in CARRIED.items()}
+        contents = {name: _read(self.root / path) for name, path in COPIED_FILES.items()}
         verdict = parse_document(Verdict, contents["verdict.json"], paths.report("gate"))
         parse_document(Benchmark, contents["metrics.json"], paths.report("benchmark"))
         _require_judged(self.root, verdict, contents["params.yaml"])
@@ -326,7 +326,7 @@ def _code(root: Path) -> Code:
         commit = git.git(root, "rev-parse", "--verify", "HEAD^{commit}")
     except RegistryError:
         raise RegistryError(f"{root} has no commit yet: commit the project, so that decisions can name it") from None
-    carried = (f":(exclude){path.as_posix()}" for path in (*CARRIED.values(), keys.TRUSTED))
+    carried = (f":(exclude){path.as_posix()}" for path in (*COPIED_FILES.values(), keys.TRUSTED))
     # Without the optional lock, git status does not refresh the user's index.
     status = ("--no-optional-locks", "status", "--porcelain")
     changes = git.git(root, *status, "--untracked-files=normal", "--", ".", *carried)

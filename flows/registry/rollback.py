@@ -12,10 +12,10 @@ from flows.registry.audit import audit
 from flows.registry.card import model_card
 from flows.registry.chain import Link, Standing
 from flows.registry.decision import (
-    CARRIED,
+    COPIED_FILES,
     DECISION,
     MODEL,
-    ORIGIN,
+    ORIGIN_FILES,
     Benchmark,
     Decision,
     Verdict,
@@ -129,7 +129,7 @@ def repeat_bundle(root: Path, decision: Decision, target: Target) -> Bundle:
     kept = {
         name: data
         for name, data in contents.items()
-        if name in (*CARRIED, *ORIGIN) or name.startswith(f"{materials.CODE}/")
+        if name in (*COPIED_FILES, *ORIGIN_FILES) or name.startswith(f"{materials.CODE}/")
     }
     written = {
         DECISION: files.to_json(decision.model_dump(mode="json")),

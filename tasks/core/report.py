@@ -20,7 +20,7 @@ class Latency(BaseModel):
     throughput_per_s: float
 
 
-class Weighed(Latency):
+class Measurements(Latency):
     """What one model's file weighs: accuracy on the test split, latency, what loading costs, bytes and operators."""
 
     top1: float
@@ -48,9 +48,9 @@ class Report(BaseModel):
     profile: dict[str, object]  # `benchmark` in params.yaml
     machine: dict[str, str]
     data_sha256: str
-    champion: Weighed | None
+    champion: Measurements | None
     float32: Latency  # of a model of the reduced one's shape
-    stages: dict[str, Weighed]
+    stages: dict[str, Measurements]
     predictions_sha256: str = ""
     golden_sha256: str = ""
     packed_sha256: str = ""
@@ -65,7 +65,7 @@ def read_report(path: Path) -> Report:
         raise StageError(f"{path} is no report of this version of Weighin ({where}): run benchmark again") from None
 
 
-def stage_rows(stages: dict[str, Weighed], champion: Weighed | None) -> list[dict[str, Any]]:
+def stage_rows(stages: dict[str, Measurements], champion: Measurements | None) -> list[dict[str, Any]]:
     """One row per weighed model, the champion last: top-1, size and latency, and both against the fine-tuned model."""
     first = stages["finetune"]
     weighed = stages | ({"champion": champion} if champion else {})
