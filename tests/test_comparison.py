@@ -53,6 +53,8 @@ def test_counts_and_difference() -> None:
     assert found[:4] == (8, 2, 1, 0.125)
     assert (found.lower, found.upper) == (lower_bound(2, 1, 8, 0.95), -lower_bound(1, 2, 8, 0.95))
     assert found == difference(challenger[::-1], champion[::-1], 0.95)
+    assert difference(challenger[:1], champion[3:4], 0.95)[:4] == (1, 0, 0, 0.0)
+    assert difference(challenger[:1], champion[2:3], 0.95)[:4] == (1, 1, 0, 1.0)
 
 
 @pytest.mark.parametrize("images", [1, 2, 50, 2000, 100_000])
@@ -102,7 +104,7 @@ def test_swapping_the_models_swaps_the_bounds() -> None:
 
 def test_bounds_enclose_the_difference_and_widen_with_confidence() -> None:
     wins, losses = np.array(outcomes(12)).T
-    for low, high in itertools.pairwise((0.5, 0.8, 0.99)):
+    for low, high in itertools.pairwise((0.51, 0.8, 0.99)):
         assert (bounds(12, low) <= (wins - losses) / 12).all()
         assert (bounds(12, high) <= bounds(12, low)).all()
 
@@ -160,6 +162,28 @@ def test_order_is_that_of_the_likelihood_ratio() -> None:
 def test_search_finds_the_share_that_allows_most() -> None:
     """Against a scan of 2,300 shares: the highest peak is narrow, near 87.6 % of images in dispute."""
     assert lower_bound(33, 26, 204, 0.8) == 0.001589
+
+
+@pytest.mark.parametrize(
+    ("outcome", "confidence", "bound"),
+    [
+        ((0, 0, 1), 0.75, -0.75),
+        ((2, 0, 4), 0.8, 0.097572),
+        ((3, 1, 9), 0.95, -0.283129),
+        ((3, 1, 20), 0.8, 0.002811),
+        ((17, 3, 44), 0.99, 0.083316),
+        ((0, 3, 130), 0.99, -0.075204),
+        ((10, 12, 200), 0.95, -0.051844),
+        ((119, 116, 347), 0.6, -0.003527),  # at the third highest peak
+        ((40, 60, 1000), 0.95, -0.037083),
+        ((0, 27, 60), 1 - 1e-15, -0.881011),  # where the least likely counts have to be in the sum
+    ],
+)
+def test_bound_is_to_the_millionth_what_a_scan_finds(
+    outcome: tuple[int, int, int], confidence: float, bound: float
+) -> None:
+    """A scan of 5,600 shares, in which each number of disputed images is in the sum, found these once and for all."""
+    assert lower_bound(*outcome, confidence) == bound
 
 
 def test_many_images_are_near_the_normal_approximation() -> None:

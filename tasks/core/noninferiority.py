@@ -24,7 +24,7 @@ from tasks.core.errors import WeighinError
 Numbers = NDArray[np.float64]
 
 STEPS = 1_000_000  # bounds are multiples of 1 / STEPS, rounded outwards
-GOLDEN = (5**0.5 - 1) / 2
+TINY = 1e-300  # a share of disputed images that is as good as none
 
 
 class Difference(NamedTuple):
@@ -41,7 +41,7 @@ class Difference(NamedTuple):
 def difference(challenger: NDArray[np.bool_], champion: NDArray[np.bool_], confidence: float) -> Difference:
     """The difference in top-1 between two models, given for each image whether they are right, in the same order.
 
-    `confidence` is that of each one-sided bound, from 0.5 to below 1. Bounds are rounded outwards to a millionth.
+    `confidence` is that of each one-sided bound, above 0.5 and below 1. Bounds are rounded outwards to a millionth.
     `WeighinError` if the two were not run on the same number of images.
     """
     if challenger.shape != champion.shape:
@@ -87,7 +87,7 @@ def lower_bound(wins: int, losses: int, images: int, confidence: float) -> float
 
     bound = (wins - losses) * STEPS // images
     shares = _shares(images)
-    for share in shares[np.argsort(np.arange(shares.size) * GOLDEN % 1)]:  # far apart, so that few lower the bound
+    for share in np.random.default_rng(0).permutation(shares):  # in a mixed order few lower the bound
         bound = _lower_until(bound, 1 - confidence, functools.partial(chance, share=share))
     for share in _between(shares, np.array([chance(bound, share) for share in shares])):
         bound = _lower_until(bound, 1 - confidence, functools.partial(chance, share=share))
@@ -108,27 +108,25 @@ def _lower_until(bound: int, most: float, chance: Callable[[int], float]) -> int
 def _shares(images: int) -> Numbers:
     """Shares of disputed images, 0 the least that the difference allows and 1 all; dense where counts are small."""
     edge = np.geomspace(0.1 / images, 0.5, 32)
-    return np.unique(np.concatenate([[0.0, 1.0], edge, 1 - edge, np.sin(np.linspace(0, np.pi / 2, 48)) ** 2]))
+    return np.unique(np.concatenate([edge, 1 - edge, np.sin(np.linspace(0, np.pi / 2, 48)) ** 2]))
 
 
 def _between(shares: Numbers, chances: Numbers) -> Numbers:
     """More shares about the three highest peaks of `chances`."""
-    padded = np.concatenate([[-1.0], chances, [-1.0]])
+    padded, ends = np.pad(chances, 1), np.pad(shares, 1, mode="edge")
     peaks = np.flatnonzero((chances >= padded[:-2]) & (chances >= padded[2:]))
     highest = peaks[np.argsort(-chances[peaks], kind="stable")[:3]]
-    first, last = shares[np.maximum(highest - 1, 0)], shares[np.minimum(highest + 1, shares.size - 1)]
-    return np.linspace(first, last, 20).T.ravel()
+    return np.linspace(ends[highest], ends[highest + 2], 20).T.ravel()
 
 
 def _probability(least: NDArray[np.int64], images: int, gap: float, share: float) -> float:
     """The probability of at least `least[d]` wins in d disputed images, at a true difference of `gap`."""
     from scipy import special
 
-    disputed = abs(gap) + (1 - abs(gap)) * share
-    if disputed == 0:
-        return float(least[0] <= 0)
-    mean, spread = images * disputed, (images * disputed * (1 - disputed)) ** 0.5
-    first, last = max(0, int(mean - 7 * spread - 8)), min(images, int(mean + 7 * spread + 16))
+    disputed = max(abs(gap) + (1 - abs(gap)) * share, TINY)
+    mean = images * disputed
+    width = 10 * (mean * (1 - disputed)) ** 0.5 + 16  # less likely beyond than any 1 - confidence
+    first, last = max(0, int(mean - width)), min(images, int(mean + width))
     counts = np.arange(first, last + 1)
     needed = least[first : last + 1]
     with np.errstate(divide="ignore"):
@@ -147,35 +145,23 @@ def _limit(wins: int, losses: int, images: int, level: float) -> float:
     low, high = -1.0, (wins - losses) / images
     for _ in range(60):
         middle = (low + high) / 2
-        above = _root(np.array([float(wins)]), np.array([float(losses)]), images, middle)[0] >= level
-        low, high = (middle, high) if above else (low, middle)
+        root = _root(np.array([float(wins)]), np.array([float(losses)]), images, middle).item()
+        low, high = (middle, high) if root >= level else (low, middle)
     return low
 
 
 def _least_wins(images: int, gap: float, level: float) -> NDArray[np.int64]:
     """For each number of disputed images from 0 to `images` the least wins whose limit is at least `gap`.
 
-    One more than there are disputed images where none suffice. Found by halving for some, by steps from there for all.
+    One more than there are disputed images where none suffice.
     """
-
-    def enough(wins: Numbers, counts: Numbers) -> NDArray[np.bool_]:
-        inside = np.clip(wins, 0, counts)
-        found = _root(inside, counts - inside, images, gap) >= level
-        return ((found & (wins >= 0)) | (wins > counts)).astype(np.bool_)
-
-    some = np.unique(np.append(np.arange(0, images, 64), images)).astype(np.float64)
-    low, high = np.full_like(some, -1), some + 1
-    while (high - low > 1).any():
-        middle = np.floor((low + high) / 2)
-        fits = enough(middle, some) & (middle > low)
-        low, high = np.where(fits, low, middle), np.where(fits, middle, high)
     counts = np.arange(images + 1, dtype=np.float64)
-    least = np.clip(np.round(np.interp(counts, some, high)), 0, counts + 1)
-    while (off := ~enough(least, counts)).any():
-        least[off] += 1
-    while (off := enough(least - 1, counts)).any():
-        least[off] -= 1
-    return least.astype(np.int64)
+    low, high = np.zeros_like(counts), counts + 1
+    while (low < high).any():
+        middle = np.floor((low + high) / 2)
+        enough = _root(middle, counts - middle, images, gap) >= level
+        low, high = np.where(enough, low, np.minimum(middle + 1, high)), np.where(enough, middle, high)
+    return high.astype(np.int64)
 
 
 def _root(wins: Numbers, losses: Numbers, images: int, gap: float) -> Numbers:
@@ -185,15 +171,13 @@ def _root(wins: Numbers, losses: Numbers, images: int, gap: float) -> Numbers:
     """
     from scipy import special
 
-    if gap > 0:
-        return -_root(losses, wins, images, -gap)
     half = (wins + losses - (2 * images - wins + losses) * gap) / (4 * images)
     lost = half + np.sqrt(np.maximum(half**2 + losses * gap * (1 - gap) / (2 * images), 0))
-    won = np.maximum(lost + gap, 0)
-    counts = (wins, losses, images - wins - losses)
+
+    def likelier(count: Numbers, share: Numbers) -> Numbers:
+        return np.where(count > 0, special.xlogy(count, count / (images * share)), 0.0)
+
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = sum(
-            np.where(count > 0, special.xlogy(count, count / (images * share)), 0.0)
-            for count, share in zip(counts, (won, lost, np.maximum(1 - won - lost, 0)), strict=True)
-        )
+        ratio = likelier(wins, lost + gap) + likelier(losses, lost)
+        ratio += likelier(images - wins - losses, 1 - gap - 2 * lost)
     return np.asarray(np.sign(wins - losses - images * gap) * np.sqrt(np.maximum(2 * ratio, 0)), np.float64)
