@@ -688,6 +688,13 @@ def remedy(verdict: Verdict, name: str) -> str:
     return next(text for one, _, text in explain(verdict) if one.name == name)
 
 
+def test_every_check_has_its_own_meaning_and_every_column_the_same() -> None:
+    meanings = {one.name: meaning for one, meaning, _ in explain(judged(full()))}
+    assert meanings["top1_drop"] == "top-1 lost against the fine-tuned fp32 model"
+    assert [meanings[name] for name in BY_COLUMN[:2]] == [meanings[name] for name in BY_COLUMN[2:]]
+    assert len(set(meanings.values())) == len(CHECKS) - 2
+
+
 def test_what_there_is_to_spare() -> None:
     verdict = judged(with_value(990, *LAST, "size_bytes"))
     assert remedy(verdict, "size_bytes") == "10 to spare"
