@@ -10,12 +10,14 @@ from prefect.logging import get_run_logger
 
 from flows import artifacts, dvc_bridge
 from flows.production.checkout import adopt, exclusive
+from flows.registry import materials
 from flows.registry.record import Superseded, open_registry
 from flows.stage import stage
 from tasks.core import config, files, paths, shares
 from tasks.core.errors import StageError, WeighinError
 from tasks.core.report import read_report
 from tasks.gate import confirm, sentence
+from tasks.images import listing
 
 ingest = stage("ingest")
 validate = stage("validate")
@@ -44,7 +46,9 @@ def retrain(params: str = str(paths.PARAMS), bootstrap: bool = False) -> dict[st
             costs.read(
                 paths.DEVICE, content.benchmark.threads
             )  # what `prune` plans with: known before fine-tuning begins
+        listing.walk(Path(content.ingest.path))  # DVC would wait for a FIFO for good, for one
         ingest()
+        materials.require_hashed(Path.cwd(), Path("dvc.lock").read_bytes())
         validate()
         accept_data()
         if content.finetune.weights.source == "production":

@@ -26,27 +26,30 @@ def finetune(
     return {"val_top1": top1, "val_loss": val_loss, "parameters": sum(p.numel() for p in net.parameters())}, history
 
 
-def start(params: config.Finetune, classes: tuple[str, ...], own_name: str) -> tuple[nn.Module, Spec]:
+def start(params: config.Params) -> tuple[nn.Module, Spec]:
     """The network before training, and its description with where the weights come from.
 
     Those of the production model lie in data/start, where the flow lays them; `StageError` if they do not. They are no
     DVC dependency on purpose: else every promotion would make the model stale that it promoted.
     """
-    preprocessing = backbone.preprocessing(params.backbone, params.image_size)
-    origin: dict[str, str] = {"source": params.weights.source}
+    wanted, weights = params.finetune, params.finetune.weights
+    origin: dict[str, str] = {"source": weights.source}
     production = None
-    if params.weights.source == "production":
-        production, name = paths.START, params.weights.model or own_name
+    if weights.source == "production":
+        production, name = paths.START, weights.model or params.model
         if not (production.exists() and paths.START_VERSION.exists()):
             raise StageError(f"{production} is missing: `weighin run` lays the weights of {name} in production there")
         version = paths.START_VERSION.read_text()
         origin |= {"model": name, "version": version, "sha256": files.sha256(production)}
-    elif params.weights.source == "file":
-        origin |= {"path": str(params.weights.path), "sha256": files.sha256(Path(str(params.weights.path)))}
-    elif params.weights.source == "packaged":
+    elif weights.source == "file":
+        origin |= {"path": str(weights.path), "sha256": files.sha256(Path(str(weights.path)))}
+    elif weights.source == "packaged":
         origin |= {"package": backbone.PACKAGE, "sha256": backbone.PACKAGED_SHA256}
-    spec = Spec(backbone=params.backbone, classes=classes, preprocessing=preprocessing, weights=origin)
-    net = backbone.pretrained(params, spec, production)
+    preprocessing = backbone.preprocessing(
+        wanted.backbone, wanted.image_size, background=params.ingest.background, white_level=params.ingest.white_level
+    )
+    spec = Spec(backbone=wanted.backbone, classes=params.classes, preprocessing=preprocessing, weights=origin)
+    net = backbone.pretrained(wanted, spec, production)
     backbone.check_size(net, spec)
     return net, spec
 
@@ -57,7 +60,7 @@ def main() -> None:
     if verdict.get("passed") is not True:
         raise StageError(f"{paths.report('validate')} says that the data did not pass: nothing is trained on it")
     training.make_deterministic(params.finetune.training.seed)
-    net, spec = start(params.finetune, params.classes, params.model)
+    net, spec = start(params)
     checkpoint = training.checkpoint_path("finetune", paths.TRAIN, paths.VAL, params=params.finetune, spec=spec)
     metrics, history = finetune(net, spec, params.finetune, paths.TRAIN, paths.VAL, checkpoint)
     backbone.save(net, spec, paths.weights("finetune"), paths.spec("finetune"))

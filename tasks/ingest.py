@@ -5,17 +5,15 @@ which split they go to) is kept in SQLite on disk, so memory does not grow with 
 """
 
 import csv
-import gzip
 import hashlib
 import io
 import sqlite3
 import tempfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import MappingProxyType
-from typing import IO, Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -25,15 +23,13 @@ from PIL import Image
 from tasks.core import config, files, paths
 from tasks.core.errors import StageError, run
 from tasks.core.progress import track
-from tasks.images.preprocessing import upright
+from tasks.images.listing import walk
+from tasks.images.preprocessing import open_image, render
+from tasks.images.sources import SHOWN, SPLITS, Item, Source, open_source, shown
 
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
-SPLITS = ("train", "val", "test")
-METADATA = "metadata.csv"
 ROWS_PER_GROUP = 512
 BYTES_PER_GROUP = 8 * 2**20
-SOURCE_BATCH = 16
+UNREADABLE = paths.REPORTS / "unreadable.csv"
 
 IMAGES = pa.schema([("image", pa.binary()), ("label", pa.string()), ("path", pa.string()), ("sha256", pa.string())])
 MANIFEST = pa.schema(
@@ -43,155 +39,21 @@ MANIFEST = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("mode", pa.string()),
+        ("frames", pa.int32()),  # of an animation or a file of several pages; the first is taken
+        ("transparent", pa.bool_()),  # in part, so that the background shows
+        ("white", pa.int32()),  # the largest value of a file with 16 bits
         ("bytes", pa.int64()),
         ("sha256", pa.string()),
         ("pixels_sha256", pa.string()),
+        ("perceptual_hash", pa.string()),
+        ("group", pa.string()),
         ("split", pa.string()),
         ("mean", pa.float64()),
-        ("std", pa.float64()),
+        ("std", pa.float64()),  # of each channel around its own mean, so 0 where all pixels are of one colour
         ("readable", pa.bool_()),
         ("reason", pa.string()),
     ]
 )
-
-
-class Item(NamedTuple):
-    """One labelled image as the source has it, with the values of the columns that the parameters name."""
-
-    path: str
-    label: str
-    image: bytes
-    columns: Mapping[str, str | None] = MappingProxyType({})
-
-
-def examples(params: config.Ingest, classes: tuple[str, ...]) -> Iterator[Item]:
-    """Every image of the source in a fixed order; `StageError` if the source is missing or not of its kind."""
-    source = Path(params.path)
-    if not source.exists():
-        raise StageError(f"{source} does not exist: set ingest.path in params.yaml to the {params.kind} source")
-    match params.kind:
-        case "folder":
-            return folder_examples(source, params.columns)
-        case "idx":
-            if params.columns:
-                raise StageError(
-                    f"{source}: IDX files have no column {params.columns[0]!r}; take it out of ingest.columns"
-                )
-            return idx_examples(source, classes)
-        case "parquet":
-            return parquet_examples(source, params.columns)
-
-
-def folder_examples(source: Path, columns: tuple[str, ...] = ()) -> Iterator[Item]:
-    """Images in class folders: `source/<class>/**/<image>`, sorted by path; `columns` are those of metadata.csv."""
-    if not source.is_dir():
-        raise StageError(f"{source} is not a folder: ingest.kind folder needs one folder per class in it")
-    metadata = _metadata(source / METADATA, columns) if columns else {}
-    unknown = dict.fromkeys(columns)
-    for folder in sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in SUFFIXES and path.is_file():
-                name = path.relative_to(source).as_posix()
-                yield Item(name, folder.name, path.read_bytes(), metadata.get(name, unknown))
-
-
-def _metadata(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, str | None]]:
-    """The named columns of a CSV by its column `file_name`, which is relative to the CSV's folder."""
-    if not path.exists():
-        raise StageError(f"{path} does not exist, but ingest.columns names {columns[0]!r}: it needs file_name and that")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            missing = {"file_name", *columns} - set(rows.fieldnames or ())
-            if missing:
-                raise StageError(f"{path} has no column {min(missing)!r}; its columns are {rows.fieldnames}")
-            return {row["file_name"]: {name: row[name] or None for name in columns} for row in rows}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise StageError(f"{path} is not CSV in UTF-8: {error}") from None
-
-
-def idx_examples(source: Path, classes: tuple[str, ...]) -> Iterator[Item]:
-    """Images of the IDX pairs `*images*` and `*labels*` in a folder, gzipped or not, encoded as PNG.
-
-    The format: https://yann.lecun.com/exdb/mnist (unsigned bytes, big-endian sizes).
-    """
-    pairs = [
-        (images, images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1")))
-        for images in sorted(source.glob("*images*idx3*"))
-    ]
-    if not pairs:
-        raise StageError(f"{source} has no IDX images: ingest.kind idx needs files such as train-images-idx3-ubyte.gz")
-    for images, labels in pairs:
-        yield from _idx_pair(images, labels, classes)
-
-
-def _idx_pair(images: Path, labels: Path, classes: tuple[str, ...]) -> Iterator[Item]:
-    if not labels.exists():
-        raise StageError(f"{labels} does not exist: {images} needs its labels beside it")
-    with _open(images) as pixels, _open(labels) as codes:
-        count, height, width = _idx_sizes(pixels, images, dimensions=3)
-        (label_count,) = _idx_sizes(codes, labels, dimensions=1)
-        if count != label_count:
-            raise StageError(f"{images} has {count} images but {labels} has {label_count} labels")
-        for index in range(count):
-            raw, code = _read(pixels, height * width, images), _read(codes, 1, labels)[0]
-            if code >= len(classes):
-                raise StageError(f"{labels}: label {code} at {index} has no name: classes lists {len(classes)}")
-            png = io.BytesIO()
-            Image.frombytes("L", (width, height), raw).save(png, "PNG")
-            yield Item(f"{images.name}#{index}", classes[code], png.getvalue())
-        for file, path in ((pixels, images), (codes, labels)):
-            if _read(file, 1, path, exactly=False):  # at its end gzip compares the checksum
-                raise StageError(f"{path} is longer than the {count} items that it declares")
-
-
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def _idx_sizes(file: IO[bytes], path: Path, dimensions: int) -> list[int]:
-    magic = _read(file, 4, path)
-    if magic != bytes([0, 0, 8, dimensions]):
-        raise StageError(f"{path} is not an IDX file of {dimensions}-dimensional unsigned bytes (magic {magic.hex()})")
-    return [int.from_bytes(_read(file, 4, path), "big") for _ in range(dimensions)]
-
-
-def _read(file: IO[bytes], count: int, path: Path, exactly: bool = True) -> bytes:
-    try:
-        data = file.read(count)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise StageError(f"{path} is damaged: {error}") from None
-    if exactly and len(data) != count:
-        raise StageError(f"{path} ends too early: {count} more bytes expected, {len(data)} found")
-    return data
-
-
-def parquet_examples(source: Path, columns: tuple[str, ...] = ()) -> Iterator[Item]:
-    """Rows of Parquet files (one, or all in a folder): `label`, `image` as bytes or as {bytes, path}, and `columns`."""
-    tables = sorted(source.glob("**/*.parquet")) if source.is_dir() else [source]
-    if not tables:
-        raise StageError(f"{source} has no .parquet file in it")
-    for table in tables:
-        try:
-            file = pq.ParquetFile(table)
-        except pa.ArrowInvalid as error:
-            raise StageError(f"{table} is not Parquet: {error}") from None
-        missing = {"image", "label", *columns} - set(file.schema_arrow.names)
-        if missing:
-            raise StageError(f"{table} has no column {min(missing)!r}; its columns are {file.schema_arrow.names}")
-        kind = file.schema_arrow.field("image").type
-        kind = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
-        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-            raise StageError(f"{table}: column 'image' is {kind}; it has to be encoded bytes or {{bytes, path}}")
-        name = table.relative_to(source).as_posix() if source.is_dir() else table.name
-        row = 0
-        for batch in file.iter_batches(batch_size=SOURCE_BATCH, columns=["image", "label", *columns]):
-            for values in batch.to_pylist():
-                image = values["image"]
-                data = image["bytes"] if isinstance(image, dict) else image
-                more = {column: None if values[column] is None else str(values[column]) for column in columns}
-                yield Item(f"{name}#{row}", str(values["label"]), data or b"", more)
-                row += 1
 
 
 class Table:
@@ -223,90 +85,203 @@ class Table:
         self.rows, self.size = [], 0
 
 
-def describe(item: Item) -> dict[str, Any]:
-    """The manifest row of one image, all but its split; an image that cannot be decoded has a `reason`."""
+def describe(item: Item, params: config.Ingest, max_side: int) -> dict[str, Any]:
+    """The manifest row of one image, all but its split; an image that cannot be read has a `reason`.
+
+    One that is larger than `max_side` is not decoded.
+    """
     row: dict[str, object] = dict.fromkeys(MANIFEST.names)
-    row.update(path=item.path, label=item.label, bytes=len(item.image), readable=False)
+    row.update(path=item.path, label=item.label, group=item.group, bytes=len(item.image), readable=False)
     row.update(item.columns)
     row["sha256"] = hashlib.sha256(item.image).hexdigest()
     try:
-        with Image.open(io.BytesIO(item.image), formats=FORMATS) as opened:
-            mode, image = opened.mode, upright(opened)
-            pixels = np.asarray(image.convert("RGB"))
+        with open_image(item.image) as opened:
+            width, height = opened.size
+            if max(width, height) > max_side:
+                raise ValueError(f"it has {width} x {height} pixels, and validate.max_side is {max_side}")
+            row.update(_describe_pixels(opened, params))
+        if item.label is None:
+            raise ValueError("it has no label")
     except Exception as error:
         # Pillow's decoders raise whatever damaged bytes lead them to; each is a reason to set the image aside.
-        row["reason"] = str(error).split(" <_io")[0][:200] or type(error).__name__  # without Pillow's memory address
-        return row
-    row.update(width=image.width, height=image.height, mode=mode, readable=True)
-    row.update(mean=float(pixels.mean()), std=float(pixels.std()))
-    row["pixels_sha256"] = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+        reason = str(error).split(" <_io")[0][:200] or type(error).__name__  # without Pillow's memory address
+        return row | {"readable": False, "reason": reason, "pixels_sha256": None}
     return row
 
 
-def assign_splits(database: sqlite3.Connection, split: config.Split, seed: int) -> None:
-    """Give every distinct image its split in table `image(id, label, pixels, split)`.
+def _describe_pixels(opened: Image.Image, params: config.Ingest) -> dict[str, object]:
+    """What the manifest says of an image that is decoded, with no more of it in memory than it takes to decode it."""
+    facts: dict[str, object] = {"mode": opened.mode, "frames": getattr(opened, "n_frames", 1), "readable": True}
+    if opened.mode.startswith("I;16"):
+        facts["white"] = int(opened.getextrema()[1])  # type: ignore[arg-type]
+    facts["transparent"] = opened.has_transparency_data
+    image = render(opened, params.background, params.white_level)
+    facts.update(width=image.width, height=image.height, perceptual_hash=perceptual_hash(image))
+    pixels = image if image.mode == "RGB" else image.convert("RGB")
+    facts["mean"], facts["std"] = _moments(pixels)
+    hashed = hashlib.sha256(repr((pixels.height, pixels.width, 3)).encode())
+    hashed.update(np.asarray(pixels).data)
+    facts["pixels_sha256"] = hashed.hexdigest()
+    return facts
 
-    Within a class, distinct images are ordered by SHA-256 of seed and pixels, and cut at the shares. Copies
-    of an image go where the image goes, whatever their label.
+
+def _moments(image: Image.Image) -> tuple[float, float]:
+    """Mean over all pixels and channels, and standard deviation around the mean of each channel."""
+    counts = np.asarray(image.histogram(), np.float64).reshape(-1, 256)
+    counts /= counts.sum(1, keepdims=True)
+    levels = np.arange(256)
+    means = counts @ levels
+    variances = (counts * (levels - means[:, None]) ** 2).sum(1)
+    return float(means.mean()), float(np.sqrt(variances.mean()))
+
+
+def perceptual_hash(image: Image.Image) -> str:
+    """256 bits in hexadecimal that images which look alike have in common, but for a few (pHash, by ImageHash).
+
+    Of 4,000 images of Fashion-MNIST no two are closer than 25 bits, where 64 bits bring every tenth within 4. The same
+    image as JPEG of quality 90, or of another size, is within 14 to 20.
+    """
+    import imagehash
+
+    return str(imagehash.phash(image, hash_size=16))
+
+
+def assign_splits(database: sqlite3.Connection, split: config.Split, seed: int) -> None:
+    """Give every distinct image its split in table `image(id, label, pixels, part, own, split)`.
+
+    What has an `own` split keeps it. The others are drawn: within a class, parts are ordered by SHA-256 of seed and
+    name, and cut at the shares of distinct images. A part is a group of images, or an image with its copies: all of
+    it goes to one split, whatever its labels. Splits that some images have of their own are not drawn for others, so
+    these go to train or to what the source lacks.
     """
 
-    def rank(pixels: str) -> str:
-        return hashlib.sha256(f"{seed}:{pixels}".encode()).hexdigest()
+    def rank(part: str) -> str:
+        return hashlib.sha256(f"{seed}:{part}".encode()).hexdigest()
 
     database.create_function("rank_of", 1, rank, deterministic=True)
-    database.execute("CREATE INDEX by_pixels ON image(pixels)")
-    database.execute("CREATE TABLE kept (pixels TEXT PRIMARY KEY, share REAL) WITHOUT ROWID")
+    database.execute("CREATE INDEX by_part ON image(part)")
+    owned = {row[0] for row in database.execute("SELECT DISTINCT own FROM image WHERE own IS NOT NULL")}
+    database.execute("CREATE TABLE kept (part TEXT PRIMARY KEY, share REAL) WITHOUT ROWID")
     database.execute(
         """
         INSERT INTO kept
-        SELECT pixels, (ROW_NUMBER() OVER (PARTITION BY label ORDER BY rank_of(pixels)) - 0.5)
-                       / COUNT(*) OVER (PARTITION BY label)
-        FROM (SELECT pixels, MIN(label) AS label FROM image WHERE pixels IS NOT NULL GROUP BY pixels)
+        SELECT part, (SUM(size) OVER (PARTITION BY label ORDER BY rank_of(part)) - size / 2.0)
+                     / SUM(size) OVER (PARTITION BY label)
+        FROM (SELECT part, MIN(label) AS label, COUNT(DISTINCT pixels) AS size FROM image
+              WHERE pixels IS NOT NULL AND (own IS NULL OR own = 'train') GROUP BY part)
         """
     )
+    test = 0.0 if "test" in owned else split.test
+    val = 0.0 if "val" in owned else split.val
     database.execute(
         """
-        UPDATE image SET split = (
+        UPDATE image SET split = COALESCE(NULLIF(own, 'train'), (
             SELECT CASE WHEN share < ? THEN 'test' WHEN share < ? THEN 'val' ELSE 'train' END
-            FROM kept WHERE kept.pixels = image.pixels)
+            FROM kept WHERE kept.part = image.part))
         """,
-        (split.test, split.test + split.val),
+        (test, test + val),
     )
 
 
-def ingest(params: config.Ingest, classes: tuple[str, ...], outputs: dict[str, Path]) -> dict[str, int]:
+def _join_parts(database: sqlite3.Connection) -> None:
+    """Name the part of each image: its group, with all groups that share pixels with it, or its pixels."""
+    parents: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while parents.setdefault(name, name) != name:
+            name = parents[name]
+        return name
+
+    pairs = database.execute("SELECT DISTINCT pixels, part FROM image WHERE part IS NOT NULL ORDER BY pixels, part")
+    last: tuple[str, str] | None = None
+    for pixels, part in pairs:
+        if last and last[0] == pixels:
+            first, second = sorted((find(last[1]), find(part)))
+            parents[second] = first
+        last = (pixels, part)
+    database.create_function("part_of", 1, lambda name: f"group {find(name)}", deterministic=True)
+    database.execute("CREATE INDEX by_pixels ON image(pixels)")
+    database.execute(
+        """
+        UPDATE image SET part = COALESCE(
+            (SELECT part_of(MIN(other.part)) FROM image AS other WHERE other.pixels = image.pixels), pixels)
+        WHERE pixels IS NOT NULL
+        """
+        if last
+        else "UPDATE image SET part = pixels"
+    )
+
+
+def ingest(
+    params: config.Ingest, classes: tuple[str, ...], max_side: int, outputs: dict[str, Path]
+) -> tuple[dict[str, int], dict[str, Any]]:
     """Read the source twice, once to know every image, once to write each to its split.
 
-    `outputs` has a Parquet path for each split and for `manifest`. Returns the number of images in each
-    split, and of the quarantined ones under `corrupt`.
+    `outputs` has a Parquet path for each split and for `manifest`. Returns the number of images in each split and of
+    the quarantined ones under `corrupt`, and the report: what of the source was taken, and how.
     """
+    source = open_source(params, classes)
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
         database = sqlite3.connect(Path(scratch) / "images.sqlite", isolation_level=None)
         database.execute("PRAGMA synchronous = OFF")
-        database.execute("CREATE TABLE image (id INTEGER PRIMARY KEY, label TEXT, pixels TEXT, split TEXT)")
+        database.execute(
+            "CREATE TABLE image (id INTEGER PRIMARY KEY, label TEXT, pixels TEXT, part TEXT, own TEXT, split TEXT)"
+        )
         described = Path(scratch) / "described.parquet"
         with Table(described, MANIFEST, params.columns) as table:
-            _describe_all(params, classes, database, table)
-        _check(database, params)
+            facts = _describe_all(source, max_side, database, table)
+        _check(database, params, described)
+        _join_parts(database)
         assign_splits(database, params.split, params.seed)
-        counts = _write_splits(params, classes, described, database, outputs)
+        counts = _write_splits(source, described, database, outputs)
         database.close()
     empty = [name for name in SPLITS if counts[name] == 0]
     if empty:
         raise StageError(f"{params.path}: the {empty[0]} split is empty; add images or change ingest.split")
-    return counts
+    return counts, report(source, facts)
 
 
-def _describe_all(params: config.Ingest, classes: tuple[str, ...], database: sqlite3.Connection, table: Table) -> None:
+def _describe_all(source: Source, max_side: int, database: sqlite3.Connection, table: Table) -> Counter[str]:
+    """Put every image into the table and the database; returns how many there are of what the report tells."""
+    facts: Counter[str] = Counter()
     database.execute("BEGIN")
-    for index, item in enumerate(track(examples(params, classes), "reading images")):
-        row = describe(item)
+    for index, item in enumerate(track(source.items(), "reading images")):
+        row = describe(item, source.params, max_side)
         table.add(row)
-        database.execute("INSERT INTO image VALUES (?, ?, ?, NULL)", (index, row["label"], row["pixels_sha256"]))
+        database.execute(
+            "INSERT INTO image VALUES (?, ?, ?, ?, ?, NULL)",
+            (index, row["label"], row["pixels_sha256"], row["group"] if row["readable"] else None, item.split),
+        )
+        facts += Counter(
+            images=1,
+            own_split=item.split is not None,
+            transparent=bool(row["transparent"]),
+            frames=(row["frames"] or 1) > 1,
+            sixteen_bits=row["white"] is not None,
+        )
+        facts["white"] = max(facts["white"], row["white"] or 0)
     database.execute("COMMIT")
+    return facts
 
 
-def _check(database: sqlite3.Connection, params: config.Ingest) -> None:
+def report(source: Source, facts: Counter[str]) -> dict[str, Any]:
+    """What of the source was taken and how, for `validate` and for the reader; fit for JSON."""
+    passed_over = sorted(source.passed_over.items(), key=lambda one: -len(one[1]))
+    return {
+        "images": facts["images"],
+        "with_a_split_of_their_own": facts["own_split"],
+        "passed_over": {why: {"files": len(names), "such_as": names[:SHOWN]} for why, names in passed_over},
+        "on_the_background": facts["transparent"],
+        "of_more_than_one_frame": facts["frames"],
+        "of_16_bits": facts["sixteen_bits"],
+        "largest_value_of_16_bits": facts["white"] or None,
+        "white_level": source.params.white_level,
+        "matched_rows": source.matched,
+        "unmatched": {what: len(names) for what, names in source.unmatched.items()},
+    }
+
+
+def _check(database: sqlite3.Connection, params: config.Ingest, described: Path) -> None:
     def count(query: str) -> int:
         return int(database.execute(query).fetchone()[0])
 
@@ -314,37 +289,53 @@ def _check(database: sqlite3.Connection, params: config.Ingest) -> None:
     if images == 0:
         raise StageError(f"{params.path} has no images: ingest.kind {params.kind} found nothing to read in it")
     corrupt = count("SELECT COUNT(*) FROM image WHERE pixels IS NULL")
-    if corrupt > params.max_corrupt_fraction * images:
+    if corrupt > params.max_corrupt_fraction * images or corrupt == images:
         raise StageError(
-            f"{params.path}: {corrupt} of {images} images cannot be read, more than "
-            f"ingest.max_corrupt_fraction {params.max_corrupt_fraction:g} allows"
+            f"{params.path}: {corrupt} of {images} images cannot be read, {_list_unreadable(described)}; "
+            f"ingest.max_corrupt_fraction allows {params.max_corrupt_fraction:g} of them"
         )
-    if corrupt == images:
-        raise StageError(f"{params.path}: none of its {images} images can be read")
     labels = [row[0] for row in database.execute("SELECT DISTINCT label FROM image WHERE pixels IS NOT NULL LIMIT 2")]
     if len(labels) < 2:
         raise StageError(f"{params.path} has one class only ({labels[0]}): a classifier needs at least two")
 
 
+def _list_unreadable(described: Path) -> str:
+    """Write all names and reasons to UNREADABLE; returns the counts by reason and the first names, in words."""
+    rows = (row for row in _rows(described) if not row["readable"])
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        names.setdefault(row["reason"], []).append(row["path"])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["path", "reason"])
+    writer.writerows((name, reason) for reason, found in names.items() for name in found)
+    files.write_bytes(UNREADABLE, text.getvalue().encode())
+    worst = sorted(names.items(), key=lambda one: -len(one[1]))
+    told = [f"{len(found)} of them: {reason} ({shown(found, len(found))})" for reason, found in worst[:SHOWN]]
+    return "; ".join(told) + f"; all are in {UNREADABLE}"
+
+
+def _rows(described: Path) -> Iterator[dict[str, Any]]:
+    for batch in pq.ParquetFile(described).iter_batches(ROWS_PER_GROUP):
+        yield from batch.to_pylist()
+
+
 def _write_splits(
-    params: config.Ingest,
-    classes: tuple[str, ...],
-    described: Path,
-    database: sqlite3.Connection,
-    outputs: dict[str, Path],
+    source: Source, described: Path, database: sqlite3.Connection, outputs: dict[str, Path]
 ) -> dict[str, int]:
+    params = source.params
     counts = dict.fromkeys((*SPLITS, "corrupt"), 0)
-    items = examples(params, classes)
+    items = source.items()
     splits = database.execute("SELECT split FROM image ORDER BY id")
-    batches = pq.ParquetFile(described).iter_batches(ROWS_PER_GROUP)
     with ExitStack() as opened:
         tables = {name: opened.enter_context(Table(outputs[name], IMAGES, params.columns)) for name in SPLITS}
         manifest = opened.enter_context(Table(outputs["manifest"], MANIFEST, params.columns))
-        for row in track((row for batch in batches for row in batch.to_pylist()), "writing splits"):
+        for row in track(_rows(described), "writing splits"):
             item = next(items, None)
             if item is None or hashlib.sha256(item.image).hexdigest() != row["sha256"]:
                 raise StageError(f"{params.path} changed while it was read ({row['path']}): run again")
-            row["split"] = splits.fetchone()[0]
+            split = splits.fetchone()[0]
+            row["split"] = split if row["readable"] else None
             counts[row["split"] or "corrupt"] += 1
             manifest.add(row)
             if row["split"]:
@@ -355,23 +346,37 @@ def _write_splits(
 
 def sources(source: Path) -> dict[str, str]:
     """SHA-256 of every file of the source by its path from here; DVC takes the same files for the dependency."""
-    found = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-    return {path.as_posix(): files.sha256(path) for path in track(found, "hashing sources")}
+    return {one.path.as_posix(): files.sha256(one.path) for one in track(walk(source), "hashing sources")}
 
 
 def main() -> None:
     params = config.load()
-    targets = (paths.TRAIN, paths.VAL, paths.TEST, paths.MANIFEST, paths.SOURCES)
-    with files.replacing(*targets) as (*temporary, listing):
+    targets = (paths.TRAIN, paths.VAL, paths.TEST, paths.MANIFEST, paths.SOURCES, paths.report("ingest"))
+    UNREADABLE.unlink(missing_ok=True)
+    with files.replacing(*targets) as (*temporary, listing, told):
         outputs = dict(zip((*SPLITS, "manifest"), temporary, strict=True))
         try:
-            counts = ingest(params.ingest, params.classes, outputs)
+            counts, found = ingest(params.ingest, params.classes, params.validate_.max_side, outputs)
         except sqlite3.OperationalError as error:
             raise StageError(f"{tempfile.gettempdir()} cannot hold the index of the images: {error}") from None
         files.write_json(listing, sources(Path(params.ingest.path)))
+        files.write_json(told, found)
+    for line in tell(found):
+        print(f"ingest: {line}")
     if counts["corrupt"]:
         print(f"ingest: unreadable images are set aside, with their reasons, in {paths.MANIFEST}")
     print("ingest: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
+def tell(found: dict[str, Any]) -> Iterator[str]:
+    """What a reader should know of the report, a sentence each."""
+    own = found["with_a_split_of_their_own"]
+    if own:
+        yield f"{own} of {found['images']} images keep the split that the source has for them"
+    if found["on_the_background"]:
+        yield f"{found['on_the_background']} images are transparent in part and are put on ingest.background"
+    if found["of_more_than_one_frame"]:
+        yield f"{found['of_more_than_one_frame']} images have more than one frame or page: the first is taken"
 
 
 if __name__ == "__main__":

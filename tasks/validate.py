@@ -4,9 +4,12 @@ Every rule is one of Great Expectations' own expectations on the manifest or on 
 The verdict is for others to act on: the stage itself ends well whether the data passes or not.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from tasks.core import config, files, paths
@@ -16,10 +19,16 @@ from tasks.core.quiet import set_quiet
 
 SPLITS = ("train", "val", "test")
 COLUMNS = (
-    "path", "label", "width", "height", "sha256", "pixels_sha256", "split", "std", "readable", "reason",
+    "path", "label", "width", "height", "sha256", "pixels_sha256", "perceptual_hash", "group", "split", "std",
+    "readable", "reason",
 )  # fmt: skip
-KEYS = {"rows": ["path"], "images": ["path"], "splits": ["class", "split"], "classes": ["class"]}
+KEYS = {
+    "rows": ["path"], "images": ["path"], "splits": ["class", "split"], "classes": ["class"], "source": ["what"],
+    "depth": ["what"],
+}  # fmt: skip
 SHOWN = 5
+# Of the 256 bits of a perceptual hash: two that differ in fewer bits than there are bands have a band in common.
+BANDS, BAND_BITS = 17, 15
 
 
 class Rule(NamedTuple):
@@ -39,8 +48,10 @@ SCHEMA = Rule("columns", "critical", f"the manifest has the columns {', '.join(C
               {"column_set": list(COLUMNS), "exact_match": False})  # fmt: skip
 
 
-def tables(manifest: pd.DataFrame, classes: tuple[str, ...]) -> dict[str, pd.DataFrame]:
+def tables(manifest: pd.DataFrame, report: Json, classes: tuple[str, ...]) -> dict[str, pd.DataFrame]:
     """What the rules look at: all `rows`, the readable `images`, and image counts by class in `splits` and `classes`.
+
+    And of the `report` of ingest, the share of the source's files that was passed over, and the `depth` of 16 bits.
 
     Great Expectations passes over nulls, so a hole in a readable row is filled with a value that breaks a rule.
     """
@@ -50,12 +61,80 @@ def tables(manifest: pd.DataFrame, classes: tuple[str, ...]) -> dict[str, pd.Dat
     holes = {"label": "none", "pixels_sha256": "none", "split": "none", "width": 0, "height": 0, "std": 0}
     rows = rows.sort_values(["pixels_sha256", "sha256"], kind="stable", ignore_index=True)  # copies side by side
     images = rows[rows["unreadable"].isna()].fillna(holes).reset_index(drop=True)
-    images = images.assign(file_in=_splits_of(images, "sha256"), pixels_in=_splits_of(images, "pixels_sha256"))
+    images = images.assign(
+        file_in=_splits_of(images, "sha256"),
+        pixels_in=_splits_of(images, "pixels_sha256"),
+        group_in=_splits_of(images, "group").where(images["group"].notna(), None),
+        labels=_contradictions(images),
+        looks_like=_look_alikes(images),
+    )
     pairs = pd.MultiIndex.from_product([classes, SPLITS], names=["class", "split"])
     splits = images.groupby(["label", "split"]).size().reindex(pairs, fill_value=0).reset_index(name="images")
     by_class = splits.groupby("class", sort=False)["images"].sum().reset_index()
     by_class["times_smaller"] = by_class["images"].max() / by_class["images"].where(by_class["images"] > 0)
-    return {"rows": rows, "images": images, "splits": splits, "classes": by_class}
+    source = pd.DataFrame([_passed_over(report)], columns=["what", "share"])
+    depth = pd.DataFrame([_depth(report)], columns=["what", "used"])
+    return {
+        "rows": rows, "images": images, "splits": splits, "classes": by_class, "source": source, "depth": depth,
+    }  # fmt: skip
+
+
+def _contradictions(images: pd.DataFrame) -> pd.Series:
+    """Each label with a path, as in `cat (a.png) and dog (b.png)`, for pixels that have several; None for others."""
+    pairs = images.drop_duplicates(["pixels_sha256", "label"]).sort_values("label")
+    pairs = pairs[pairs.duplicated("pixels_sha256", keep=False)]
+    named = (pairs["label"] + " (" + pairs["path"] + ")").astype(object)
+    said = {pixels: " and ".join(names) for pixels, names in named.groupby(pairs["pixels_sha256"])}
+    return images["pixels_sha256"].map(said.get).astype(object)
+
+
+def _look_alikes(images: pd.DataFrame) -> pd.Series:
+    """For images of test or val one of another split that looks the same, as in `train: cat/1.png`; None for others.
+
+    Perceptual hashes of the two differ in fewer than BANDS of 256 bits. Images of one colour are left out.
+    """
+    found = pd.Series(None, index=images.index, dtype=object)
+    usable = images[images["perceptual_hash"].notna() & (images["std"] > 0)]
+    hashes = np.array([list(bytes.fromhex(text)) for text in usable["perceptual_hash"]], np.uint8).reshape(-1, 32)
+    ranks = usable["split"].map({"train": 0, "val": 1, "test": 2}).fillna(-1).to_numpy(np.int8)
+    bits = np.unpackbits(hashes, axis=1)
+    for band in range(BANDS):
+        keys = bits[:, band * BAND_BITS : (band + 1) * BAND_BITS] @ (1 << np.arange(BAND_BITS))
+        order = np.argsort(keys, kind="stable")
+        for bucket in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
+            for later, earlier in _close_pairs(bucket, hashes, ranks):
+                other = usable.iloc[earlier]
+                found[usable.index[later]] = f"{other['split']}: {other['path']}"
+    return found
+
+
+def _close_pairs(bucket: npt.NDArray[np.intp], hashes: Any, ranks: Any) -> Iterator[tuple[int, int]]:
+    """Pairs of positions with close hashes in different splits, that of the higher rank first, one for each."""
+    for rank in np.unique(ranks[bucket])[1:]:
+        inner, outer = bucket[ranks[bucket] == rank], bucket[(ranks[bucket] >= 0) & (ranks[bucket] < rank)]
+        if not len(outer):
+            continue
+        for one in inner:
+            close = np.flatnonzero(np.bitwise_count(hashes[outer] ^ hashes[one]).sum(1) < BANDS)
+            if len(close):
+                yield int(one), int(outer[close[0]])
+
+
+def _passed_over(report: Json) -> tuple[str, float]:
+    """What of the source was not taken, and its share of all files."""
+    kinds = report["passed_over"]
+    files_left = sum(kind["files"] for kind in kinds.values())
+    total = files_left + report["images"]
+    said = ", ".join(f"{kind['files']} {reason}" for reason, kind in kinds.items())
+    return f"{files_left} of {total} files were not taken: {said}", files_left / max(total, 1)
+
+
+def _depth(report: Json) -> tuple[str, float]:
+    """Which values files of 16 bits have, and the share of the range up to white that they use; 1 if there are none."""
+    count, largest, white = report["of_16_bits"], report["largest_value_of_16_bits"], report["white_level"]
+    if not count:
+        return "no file has 16 bits", 1.0
+    return f"{count} files have 16 bits and values up to {largest}", (largest or 0) / white
 
 
 def _splits_of(images: pd.DataFrame, column: str) -> pd.Series:
@@ -65,10 +144,11 @@ def _splits_of(images: pd.DataFrame, column: str) -> pd.Series:
     return images[column].map(leaks).astype("str").fillna(images["split"])
 
 
-def rules(params: config.Validate, classes: tuple[str, ...]) -> list[Rule]:
-    """All rules on the contents of the `tables`."""
+def rules(params: config.Validate, classes: tuple[str, ...], images: int) -> list[Rule]:
+    """All rules on the contents of the `tables`, with so many images."""
     least, most = params.min_side, params.max_side
-    few, times = params.min_rows_per_class, params.max_class_imbalance
+    few, times, passed = params.min_rows_per_class, params.max_class_imbalance, params.max_passed_over_fraction
+    allowed = 1 - params.max_near_duplicates / max(images, 1) - 1e-12  # a share of all, as Great Expectations counts
     names, one, between = {"value_set": list(classes)}, {"value_set": list(SPLITS)}, "ExpectColumnValuesToBeBetween"
     return [
         Rule("decodable", "warning", "every image can be decoded",
@@ -89,12 +169,22 @@ def rules(params: config.Validate, classes: tuple[str, ...]) -> list[Rule]:
              "images", "file_in", "ExpectColumnValuesToBeInSet", one),
         Rule("pixel_leaks", "critical", "images with the same pixels are in one split",
              "images", "pixels_in", "ExpectColumnValuesToBeInSet", one),
+        Rule("group_leaks", "critical", "a group is in one split",
+             "images", "group_in", "ExpectColumnValuesToBeInSet", one),
+        Rule("contradictions", "critical", "images with the same pixels have one label",
+             "images", "labels", "ExpectColumnValuesToBeNull", {}),
+        Rule("look_alikes", "warning", "no image looks like one of another split",
+             "images", "looks_like", "ExpectColumnValuesToBeNull", {"mostly": allowed}),
         Rule("rows", "critical", f"every class has at least {few} images in every split",
              "splits", "images", between, {"min_value": few}),
         Rule("classes", "critical", "every declared class has images",
              "classes", "images", between, {"min_value": 1}),
         Rule("balance", "warning", f"no class is more than {times:g} times smaller than the largest",
              "classes", "times_smaller", between, {"max_value": times}),
+        Rule("passed_over", "warning", f"at most {passed:g} of the source's files are passed over",
+             "source", "share", between, {"max_value": passed}),
+        Rule("depth", "warning", "files of 16 bits use the range up to ingest.white_level, and no more",
+             "depth", "used", between, {"min_value": 0.5, "max_value": 1}),
     ]  # fmt: skip
 
 
@@ -182,15 +272,18 @@ def _sentence(says: str, passed: bool, observed: Json, offending: list[Json]) ->
     return f"Expected that {says}, but not so for {count} of {checked}{found}, such as {' in '.join(where)}: {value}."
 
 
-def validate(manifest: pd.DataFrame, params: config.Validate, classes: tuple[str, ...], docs: Path) -> Json:
-    """The verdict on a manifest, fit for JSON; Data Docs (HTML) go to the new directory `docs`.
+def validate(
+    manifest: pd.DataFrame, report: Json, params: config.Validate, classes: tuple[str, ...], docs: Path
+) -> Json:
+    """The verdict on a manifest and the report of ingest, fit for JSON; Data Docs go to the new directory `docs`.
 
     It fails if any critical expectation does; a warning is told and lets pass.
     """
     set_quiet()  # read when Great Expectations is imported
     frames, wanted = {"rows": manifest}, [SCHEMA]
     if set(COLUMNS) <= set(manifest.columns):
-        frames, wanted = tables(manifest, classes), [SCHEMA, *rules(params, classes)]
+        frames = tables(manifest, report, classes)
+        wanted = [SCHEMA, *rules(params, classes, len(frames["images"]))]
     judged = check_expectations(frames, wanted, docs)
     expectations = [outcome(rule, judged[rule.name], frames[rule.table]) for rule in wanted]
     passed = all(entry["passed"] or entry["severity"] != "critical" for entry in expectations)
@@ -204,7 +297,8 @@ def main() -> None:
     except ValueError as error:
         raise StageError(f"{paths.MANIFEST} is not Parquet; run ingest again ({error})") from None
     with files.replacing(paths.DATA_DOCS) as (docs,):
-        verdict = validate(manifest, params.validate_, params.classes, docs)
+        report = files.read_json(paths.report("ingest"))
+        verdict = validate(manifest, report, params.validate_, params.classes, docs)
     files.write_json(paths.report("validate"), verdict)
     failed = [entry for entry in verdict["expectations"] if not entry["passed"]]
     for entry in failed:

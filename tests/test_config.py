@@ -136,7 +136,7 @@ def test_values_are_those_of_the_file(tmp_path: Path) -> None:
         ("learning_rate: 0.001", "learning_rate: .nan", "learning_rate: Input should be a finite number, not nan"),
         ("max_latency_ratio: 0.25", "max_latency_ratio: .inf", "gate.max_latency_ratio: Input should be a finite"),
         ("[shirt, trouser", "[trouser, trouser", "class 'trouser' is listed twice"),
-        ("[shirt, trouser", "[1, trouser", "classes.0: Input should be a valid string, not 1"),
+        ("[shirt, trouser", "[1, trouser", "classes.0: YAML does not read it as text: put it in quotes, not 1"),
         ("model: classifier", "model: A model", "model: String should match pattern"),
         ("source: packaged", "source: file", "finetune.weights: path goes with source: file, and only"),
         ("source: packaged", "source: file, path: a", "finetune.weights: sha256 goes with source: file, and only"),

@@ -230,10 +230,10 @@ def test_where_the_weights_came_from_is_recorded(tmp_path: Path) -> None:
     spec = Spec(backbone="mlp", classes=CLASSES, preprocessing=backbone.preprocessing("mlp", 8), weights={})
     path = tmp_path / "start.safetensors"
     backbone.save(backbone.create("mlp", 10, spec.preprocessing), spec, path, tmp_path / "start.json")
-    params = config.load(ROOT / "params.yaml").finetune
+    everything = config.load(ROOT / "params.yaml")
     weights = config.Weights(source="file", path=str(path), sha256=files.sha256(path))
-    params = params.model_copy(update={"backbone": "mlp", "image_size": 8, "weights": weights})
-    net, found = finetune.start(params, CLASSES, "classifier")
+    params = everything.finetune.model_copy(update={"backbone": "mlp", "image_size": 8, "weights": weights})
+    net, found = finetune.start(everything.model_copy(update={"finetune": params, "classes": CLASSES}))
     assert found.weights == {"source": "file", "path": str(path), "sha256": files.sha256(path)}
     start = safetensors.torch.load_file(path)
     assert all(torch.equal(tensor, start[name]) for name, tensor in net.state_dict().items())
@@ -242,9 +242,9 @@ def test_where_the_weights_came_from_is_recorded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["finetune", "prune"])
 def test_zeros_of_a_compressed_network_stay_when_they_are_asked_to(tmp_path: Path, stage: str) -> None:
     root = repository(tmp_path)
-    params = config.load(root / "params.yaml").finetune
-    net, spec = finetune.start(params, CLASSES, "classifier")
-    params = params.model_copy(update={"weights": config.Weights(source="production", stage=stage)})
+    everything = config.load(root / "params.yaml")
+    net, spec = finetune.start(everything)
+    params = everything.finetune.model_copy(update={"weights": config.Weights(source="production", stage=stage)})
     with torch.no_grad():
         net.get_parameter("1.weight")[:64] = 0
         net.get_parameter("1.bias")[:64] = 0

@@ -267,6 +267,18 @@ def test_bad_input_is_one_sentence_and_leaves_the_last_results(
     assert workspace.git("rev-parse", "registry") == tip
 
 
+def test_what_dvc_would_wait_for_or_pass_over_is_refused(workspace: Workspace) -> None:
+    source = workspace.root / "data/raw/mnist-5k"
+    os.mkfifo(source / "pipe")
+    assert workspace.sentence() == "data/raw/mnist-5k/pipe is a FIFO, not a file: remove it from the source"
+    (source / "pipe").unlink()
+    (source / "a.notes").write_text("not for DVC")
+    with (workspace.root / ".dvcignore").open("a") as ignored:
+        ignored.write("*.notes\n")
+    workspace.change(ingest={"seed": 5})
+    assert workspace.sentence().startswith("DVC has hashed 2 of 3 files in data/raw/mnist-5k, so that changes of the ")
+
+
 @pytest.mark.parametrize("command", ["run", "search"])
 def test_a_table_of_other_threads_is_refused_before_the_first_stage(workspace: Workspace, command: str) -> None:
     workspace.change(compress={"max_size_bytes": 20000}, prune={"channels": None}, benchmark={"threads": 2})

@@ -11,14 +11,24 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tasks.core import config
+from tasks.core import config, files
 from tasks.validate import COLUMNS, validate
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ("bag", "coat", "shirt")
 PARAMS = config.Validate(min_rows_per_class=2, max_class_imbalance=3, min_side=8, max_side=64)
-CRITICAL = {"columns", "sha256", "labels", "width", "height", "file_leaks", "pixel_leaks", "rows", "classes"}
-WARNING = {"decodable", "duplicates", "blank", "balance"}
+CRITICAL = {
+    *("columns", "sha256", "labels", "width", "height", "file_leaks", "pixel_leaks", "group_leaks", "contradictions"),
+    *("rows", "classes"),
+}
+WARNING = {"decodable", "duplicates", "blank", "balance", "look_alikes", "passed_over", "depth"}
+REPORT = {
+    "images": 36,
+    "passed_over": {},
+    "of_16_bits": 0,
+    "largest_value_of_16_bits": None,
+    "white_level": 65535,
+}
 
 
 def manifest(per_split: int = 4) -> pd.DataFrame:
@@ -37,6 +47,8 @@ def manifest(per_split: int = 4) -> pd.DataFrame:
                         "mode": "L",
                         "bytes": 400,
                         "sha256": hashlib.sha256(path.encode()).hexdigest(),
+                        "perceptual_hash": hashlib.sha256(b"looks" + path.encode()).hexdigest(),
+                        "group": None,
                         "pixels_sha256": hashlib.sha256(b"pixels" + path.encode()).hexdigest(),
                         "split": split,
                         "mean": 90.0,
@@ -48,8 +60,10 @@ def manifest(per_split: int = 4) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"width": "Int32", "height": "Int32", "reason": "str"})
 
 
-def judge(data: pd.DataFrame, docs: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    verdict = json.loads(json.dumps(validate(data, PARAMS, CLASSES, docs), allow_nan=False))
+def judge(
+    data: pd.DataFrame, docs: Path, report: dict[str, Any] = REPORT
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    verdict = json.loads(json.dumps(validate(data, report, PARAMS, CLASSES, docs), allow_nan=False))
     return verdict, {entry["name"]: entry for entry in verdict["expectations"]}
 
 
@@ -81,13 +95,24 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[
         ("shirt/train-1.png", "shirt/val-1.png", ["pixels_sha256"]),
     ):
         data.loc[row(data, copy), columns] = data.loc[row(data, path), columns]
+    data.loc[row(data, "shirt/train-2.png"), "pixels_sha256"] = data["pixels_sha256"][row(data, "coat/train-2.png")]
+    data.loc[[row(data, "coat/val-3.png"), row(data, "coat/train-3.png")], "group"] = "patient 7"
+    data.loc[row(data, "shirt/test-3.png"), "perceptual_hash"] = "f" * 64
+    data.loc[row(data, "shirt/val-3.png"), "perceptual_hash"] = "e" * 16 + "f" * 48  # 16 bits less
     lost = row(data, "bag/val-1.png")
     data.loc[lost, ["width", "height", "pixels_sha256", "split", "std"]] = None
     data.loc[lost, ["readable", "reason"]] = [False, "image file is truncated"]  # type: ignore[assignment, index]
     data = data[~data["path"].isin(["bag/val-2.png", "bag/val-3.png"])]
     more = manifest(per_split=40).query("label == 'shirt' and path not in @data.path")
     docs = tmp_path_factory.mktemp("bad") / "docs"
-    return *judge(pd.concat([data, more], ignore_index=True), docs), docs
+    report = {
+        "images": 100,
+        "passed_over": {".heic": {"files": 3, "such_as": ["bag/1.heic"]}, "hidden": {"files": 1, "such_as": ["._a"]}},
+        "of_16_bits": 12,
+        "largest_value_of_16_bits": 4095,
+        "white_level": 65535,
+    }
+    return *judge(pd.concat([data, more], ignore_index=True), docs, report), docs
 
 
 def test_a_clean_manifest_passes_every_expectation(good: Any) -> None:
@@ -121,6 +146,23 @@ def test_every_fault_is_found(bad: Any) -> None:
         ("labels", [{"path": "bag/val-0.png", "value": "hat"}]),
         ("decodable", [{"path": "bag/val-1.png", "value": "image file is truncated"}]),
         ("rows", [{"class": "bag", "split": "val", "value": 0}]),
+        ("passed_over", [{"what": "4 of 104 files were not taken: 3 .heic, 1 hidden", "value": 4 / 104}]),
+        ("depth", [{"what": "12 files have 16 bits and values up to 4095", "value": 4095 / 65535}]),
+        ("look_alikes", [{"path": "shirt/test-3.png", "value": "val: shirt/val-3.png"}]),
+        (
+            "contradictions",
+            [
+                {"path": "coat/train-2.png", "value": "coat (coat/train-2.png) and shirt (shirt/train-2.png)"},
+                {"path": "shirt/train-2.png", "value": "coat (coat/train-2.png) and shirt (shirt/train-2.png)"},
+            ],
+        ),
+        (
+            "group_leaks",
+            [
+                {"path": "coat/train-3.png", "value": "train and val"},
+                {"path": "coat/val-3.png", "value": "train and val"},
+            ],
+        ),
         (
             "file_leaks",
             [
@@ -159,7 +201,7 @@ def test_data_docs_open_at_index_and_show_each_table(bad: Any) -> None:
     docs = bad[2]
     assert "Validation" in (docs / "index.html").read_text()
     pages = {page.stem.removeprefix("manifest-"): page.read_text() for page in docs.glob("validations/**/*.html")}
-    assert set(pages) == {"rows", "images", "splits", "classes"}
+    assert set(pages) == {"rows", "images", "splits", "classes", "source", "depth"}
     assert "every image is 8 to 64 pixels wide" in (docs / "expectations/images.html").read_text()
     assert "hat" in pages["images"]
 
@@ -215,14 +257,19 @@ def test_the_stage_records_a_failed_verdict_and_ends_well(tmp_path: Path) -> Non
     (tmp_path / "params.yaml").write_text(text)
     (tmp_path / "data/prepared").mkdir(parents=True)
     manifest().to_parquet(tmp_path / "data/prepared/manifest.parquet")
+    files.write_json(tmp_path / "data/reports/ingest.json", REPORT)
     done = stage(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     verdict = json.loads((tmp_path / "data/reports/validate.json").read_text())
     assert verdict["passed"] is False
     assert (tmp_path / "data/reports/data_docs/index.html").is_file()
-    assert sorted(path.name for path in (tmp_path / "data/reports").iterdir()) == ["data_docs", "validate.json"]
+    assert sorted(path.name for path in (tmp_path / "data/reports").iterdir()) == [
+        "data_docs",
+        "ingest.json",
+        "validate.json",
+    ]
     lines = done.stdout.splitlines()
-    assert lines[-1] == "validate: failed, 36 rows, 11 of 13 expectations hold"
+    assert lines[-1] == "validate: failed, 36 rows, 16 of 18 expectations hold"
     assert [line.split(":")[1:3] for line in lines[:-1]] == [[" critical", " rows"], [" critical", " classes"]]
 
 

@@ -59,6 +59,7 @@ class Materials(NamedTuple):
 
 def read(root: Path, lock: bytes) -> Materials:
     """What a decision on the working copy is made of; `RegistryError` as `outputs` has it."""
+    require_hashed(root, lock)
     weights = files.read_json(root / paths.spec("finetune"))["weights"]
     return Materials(outputs(root, lock), sources(root), code(root), {str(key): str(weights[key]) for key in weights})
 
@@ -131,6 +132,21 @@ def sources(root: Path) -> dict[str, str]:
     """SHA-256 of each source file by its path, as `ingest` read them."""
     content = files.read_json(root / paths.SOURCES)
     return {str(path): str(sha256) for path, sha256 in content.items()}
+
+
+def require_hashed(root: Path, lock: bytes) -> None:
+    """`RegistryError` if DVC has not hashed as many files of the source as `ingest` has listed.
+
+    What it passes over, by .dvcignore, could change without any stage being run again.
+    """
+    listed = sources(root)
+    for stage, source in read_lock(lock, "deps"):
+        files_there = [path for path in listed if Path(path).is_relative_to(source["path"])]
+        if stage == "ingest" and files_there and source.get("nfiles", len(files_there)) != len(files_there):
+            raise RegistryError(
+                f"DVC has hashed {source['nfiles']} of {len(files_there)} files in {source['path']}, so that changes "
+                "of the others would go unnoticed: see what .dvcignore names, and move it out of there"
+            )
 
 
 def list_sources(root: Path, made_of: Materials) -> dict[str, str]:

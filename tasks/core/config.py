@@ -1,11 +1,21 @@
 """What `params.yaml` may say: types, bounds and units. The values themselves live in the file only."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tasks.core.errors import ParamsError
 from tasks.core.paths import PARAMS
@@ -13,13 +23,25 @@ from tasks.core.paths import PARAMS
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Level = Annotated[int, Field(ge=0, le=255)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Column = Annotated[str, Field(min_length=1)]
 Remote = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w./-]*$")]  # a name, which git takes for no option
 
+
+def _text(name: object) -> str:
+    """A class name in Unicode's form NFC. YAML takes 007, 1e3 and null for something else than text."""
+    if not isinstance(name, str):
+        raise ValueError("YAML does not read it as text: put it in quotes")
+    return unicodedata.normalize("NFC", name)
+
+
+ClassName = Annotated[str, BeforeValidator(_text)]
+
 RESERVED = (
-    *("path", "label", "image", "width", "height", "mode", "bytes", "sha256", "pixels_sha256", "split", "mean", "std"),
-    *("readable", "reason", "actual", "predicted", "champion"),
+    *("path", "label", "image", "width", "height", "mode", "frames", "transparent", "white", "bytes", "sha256"),
+    *("pixels_sha256", "perceptual_hash", "group", "split", "mean", "std", "readable", "reason"),
+    *("actual", "predicted", "champion"),
 )
 
 
@@ -39,9 +61,26 @@ class Ingest(Section):
 
     kind: Literal["folder", "idx", "parquet"] = Field(description="folder of class folders, IDX files, or Parquet")
     path: str = Field(min_length=1, description="the folder or file, relative to the repository or absolute")
+    table: str | None = Field(
+        None, description="kind folder: CSV or .jsonl in it with a row for each image; null: metadata.csv or .jsonl"
+    )
+    file_column: Column = Field("file_name", description="kind folder: the table's column with the path of the image")
+    image_column: Column = Field("image", description="kind parquet: the column with the image")
+    label_column: Column | None = Field(None, description="null: the class folder; of Parquet, label")
+    split_column: Column | None = Field(
+        None, description="train, val or test of each image; null: as folders or files are named, else drawn"
+    )
+    group_column: Column | None = Field(None, description="images of a group, such as a patient, go to one split")
+    columns: tuple[Column, ...] = Field((), description="columns of the source to carry, for the gate's slices")
+    max_unmatched_fraction: Fraction = Field(0, description="more images without a row, or rows without an image, stop")
     split: Split
     max_corrupt_fraction: Fraction = Field(description="more unreadable images than this stop the run")
-    columns: tuple[Column, ...] = Field((), description="columns of the source to carry, for the gate's slices")
+    background: tuple[Level, Level, Level] = Field(
+        (255, 255, 255), description="red, green, blue behind what is transparent, here and on the device"
+    )
+    white_level: Annotated[int, Field(ge=255, le=65535)] = Field(
+        65535, description="the value that is white in files of 16 bits, such as 4095 where 12 are used"
+    )
     seed: Seed = Field(description="decides which image goes to which split")
 
     @field_validator("columns")
@@ -59,7 +98,11 @@ class Validate(Section):
     min_rows_per_class: Count = Field(description="images of each class in each split, at least")
     max_class_imbalance: Annotated[float, Field(ge=1)] = Field(description="largest class over smallest, at most")
     min_side: Count = Field(description="image width and height in pixels, at least")
-    max_side: Count = Field(description="image width and height in pixels, at most")
+    max_side: Count = Field(description="image width and height in pixels, at most; larger ones are not decoded")
+    max_passed_over_fraction: Fraction = Field(0.01, description="of the source's files, not taken: more are a warning")
+    max_near_duplicates: Annotated[int, Field(ge=0)] = Field(
+        0, description="test images that look like one of train or val: more are a warning"
+    )
 
     @model_validator(mode="after")
     def _sides_in_order(self) -> Self:
@@ -299,7 +342,7 @@ class Params(Section):
     """The whole of `params.yaml`."""
 
     model: str = Field(pattern="^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", description="the model's name in the registry")
-    classes: tuple[str, ...] = Field(min_length=2, description="label names in the order of the model's outputs")
+    classes: tuple[ClassName, ...] = Field(min_length=2, description="label names in the order of the model's outputs")
     ingest: Ingest
     validate_: Validate = Field(alias="validate")
     finetune: Finetune
@@ -428,7 +471,7 @@ def _explain_section(kind: type[Section], section: Section | None, prefix: str) 
                 yield from _explain_section(type(part), part, f"{prefix}{name}.{key}.")
             continue
         if not isinstance(value, Section):
-            shown = ", ".join(value) if isinstance(value, tuple) else "null" if value is None else str(value)
+            shown = ", ".join(map(str, value)) if isinstance(value, tuple) else "null" if value is None else str(value)
             yield f"{prefix}{name}", shown if section else "", _bounds(field), field.description or ""
         if inner:
             yield from _explain_section(inner, value, f"{prefix}{name}.")

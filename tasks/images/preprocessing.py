@@ -1,15 +1,20 @@
 """From an encoded image to what a network sees. Imports numpy and Pillow only, so that a device can use it as it is."""
 
+import functools
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from tasks.core.errors import StageError
+
+# What Pillow decodes by itself, whatever a file is called (JPEG with several pictures, MPO, as JPEG).
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+WHITE_LEVEL = 65535
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,9 @@ class Preprocessing:
     """How an image becomes the network's input; it travels in the ONNX file's metadata.
 
     The image is scaled with bilinear filtering so that its shorter side is `size` pixels, cut to the central
-    square, converted to `channels` (1 grey, 3 RGB), divided by 255, and normalised with `mean` and `std`.
+    square, converted to `channels` (1 grey, 3 RGB), divided by 255, and normalised with `mean` and `std`. What is
+    transparent shows the `background` (red, green, blue); None leaves transparency out, as models before 0.3 have
+    it. Grey of 16 bits becomes 256 levels, of which `white_level` and all above are the last.
     """
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid"}  # where it is a part of a pydantic model
@@ -26,6 +33,8 @@ class Preprocessing:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    background: tuple[int, int, int] | None = None
+    white_level: int = WHITE_LEVEL
 
     @property
     def mode(self) -> str:
@@ -38,29 +47,56 @@ class Preprocessing:
         return (self.channels, self.size, self.size)
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation wants it, 16-bit grey as 8-bit; `ValueError` if its range is not known."""
+def open_image(data: bytes) -> Image.Image:
+    """The image, not decoded yet, if it is one of FORMATS; whatever Pillow raises if not."""
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def render(image: Image.Image, background: tuple[int, int, int] | None, white_level: int = WHITE_LEVEL) -> Image.Image:
+    """The first frame upright, by its EXIF orientation, in 8 bits a channel, and on the background.
+
+    `ValueError` if the range of its pixels is not known.
+    """
     turned = ImageOps.exif_transpose(image)
     if turned.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))  # convert() would clip, not scale
+        levels = np.asarray(turned).astype(np.uint32) * 256 // (white_level + 1)  # convert() would clip, not scale
+        return Image.fromarray(np.minimum(levels, 255).astype(np.uint8))
     if turned.mode in ("I", "F"):
         raise ValueError(f"its pixels are of mode {turned.mode}, whose range is not known: save it with 8 or 16 bits")
-    return turned
+    if turned.mode == "LAB":
+        return ImageCms.applyTransform(turned, _lab_to_rgb())  # type: ignore[return-value]
+    if background is None or not turned.has_transparency_data:
+        return turned
+    ground = Image.new("RGBA", turned.size, (*background, 255))
+    return Image.alpha_composite(ground, turned.convert("RGBA")).convert("RGB")
 
 
-def decode(data: bytes, mode: str) -> Image.Image:
-    """The image upright and in the given mode."""
-    return upright(Image.open(io.BytesIO(data))).convert(mode)
+@functools.cache
+def _lab_to_rgb() -> ImageCms.ImageCmsTransform:
+    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.buildTransform(lab, rgb, "LAB", "RGB")
+
+
+def decode(data: bytes, preprocessing: Preprocessing) -> Image.Image:
+    """The image as `render` makes it, grey or RGB."""
+    image = render(open_image(data), preprocessing.background, preprocessing.white_level)
+    return image.convert(preprocessing.mode)
 
 
 def preprocess(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
     """Decode an image and return the network's input, float32 (C, H, W)."""
     size = (preprocessing.size, preprocessing.size)
-    image = ImageOps.fit(decode(data, preprocessing.mode), size, Image.Resampling.BILINEAR)
+    image = ImageOps.fit(decode(data, preprocessing), size, Image.Resampling.BILINEAR)
     pixels = np.asarray(image, dtype=np.float32).reshape(*size, preprocessing.channels) / 255
     mean, std = (np.asarray(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
     normal = (pixels - mean) / std
     return np.ascontiguousarray(normal.transpose(2, 0, 1), dtype=np.float32)
+
+
+def description(preprocessing: Preprocessing) -> dict[str, object]:
+    """What the metadata of an ONNX file says of the preprocessing: all that is not as it was before it could differ."""
+    optional: dict[str, object] = {"background": None, "white_level": WHITE_LEVEL}
+    return {name: value for name, value in asdict(preprocessing).items() if value != optional.get(name, object())}
 
 
 def parse_description(text: str) -> tuple[Preprocessing, tuple[str, ...]]:
@@ -70,9 +106,15 @@ def parse_description(text: str) -> tuple[Preprocessing, tuple[str, ...]]:
     """
     try:
         content = json.loads(text)
+        background = content.get("background")
         preprocessing = Preprocessing(
-            int(content["size"]), int(content["channels"]), tuple(content["mean"]), tuple(content["std"])
+            size=int(content["size"]),
+            channels=int(content["channels"]),
+            mean=tuple(content["mean"]),
+            std=tuple(content["std"]),
+            background=None if background is None else (int(background[0]), int(background[1]), int(background[2])),
+            white_level=int(content.get("white_level", WHITE_LEVEL)),
         )
         return preprocessing, tuple(map(str, content["classes"]))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise StageError("the ONNX file's metadata does not say how images are prepared for it") from None

@@ -73,12 +73,15 @@ LENET5_MIN_SIZE = 16
 CLASSICS = {"mlp": (128,), "lenet-300-100": (300, 100), "lenet-5": ()}
 
 
-def preprocessing(backbone: str, image_size: int) -> Preprocessing:
-    """The input a backbone was made for, at the wanted size; `StageError` if the name is unknown."""
+def preprocessing(backbone: str, image_size: int, **ingest: Any) -> Preprocessing:
+    """The input a backbone was made for, at the wanted size; `StageError` if the name is unknown.
+
+    `ingest` has `background` and `white_level`, where the images need them.
+    """
     if backbone == "lenet-5" and image_size < LENET5_MIN_SIZE:
         raise StageError(f"finetune.image_size {image_size} is too small for lenet-5: {LENET5_MIN_SIZE} is the least")
     if backbone in CLASSICS:
-        return Preprocessing(size=image_size, channels=1, mean=(0.0,), std=(1.0,))
+        return Preprocessing(size=image_size, channels=1, mean=(0.0,), std=(1.0,), **ingest)
     if not timm.is_model(backbone):
         close = difflib.get_close_matches(backbone, [*timm.list_models(), *CLASSICS])
         hint = f"; close ones: {', '.join(close)}" if close else ""
@@ -88,7 +91,7 @@ def preprocessing(backbone: str, image_size: int) -> Preprocessing:
     except RuntimeError as error:  # a name with the tag of weights that do not exist
         raise StageError(f"finetune.backbone {backbone!r}: {error}") from None
     mean, std = (made_for.mean, made_for.std) if made_for else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    return Preprocessing(size=image_size, channels=3, mean=mean, std=std)
+    return Preprocessing(size=image_size, channels=3, mean=mean, std=std, **ingest)
 
 
 def create(backbone: str, classes: int, preprocessing: Preprocessing, **timm_options: Any) -> nn.Module:

@@ -1,7 +1,6 @@
 """From a PyTorch network to the ONNX file that a device would load."""
 
 import copy
-import dataclasses
 import json
 import logging
 import warnings
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from tasks.core import files
 from tasks.graphs import graph
+from tasks.images.preprocessing import description
 from tasks.nets.backbone import Spec
 
 OPSET = 20
@@ -55,7 +55,7 @@ def export(net: nn.Module, spec: Spec, path: Path) -> None:
     graph.pool_means(model)
     graph.flatten_reshapes(model)
     graph.strip(model)
-    describe(model, {"classes": spec.classes, **dataclasses.asdict(spec.preprocessing)})
+    describe(model, {"classes": spec.classes, **description(spec.preprocessing)})
     onnx.checker.check_model(model, full_check=True)
     files.write_bytes(path, model.SerializeToString())
 

@@ -73,7 +73,7 @@ def _make_augmentation(augment: config.Augment, preprocessing: Preprocessing) ->
     in_range = v2.ToDtype(torch.float32, scale=True)
     normalize = v2.Normalize(list(preprocessing.mean), list(preprocessing.std))
     steps = v2.Compose([crop, flip, v2.ToImage(), in_range, normalize, erase])
-    return lambda data: steps(decode(data, preprocessing.mode))
+    return lambda data: steps(decode(data, preprocessing))
 
 
 def device() -> torch.device:

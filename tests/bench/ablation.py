@@ -257,7 +257,7 @@ def begin(params: config.Params, seed: int, scratch: Path) -> tuple[Job, prune.P
     folder.mkdir()
     training.make_deterministic(seed)
     first = params.finetune.model_copy(update={"training": params.finetune.training.model_copy(update={"seed": seed})})
-    teacher, spec = finetune.start(first, params.classes, params.model)
+    teacher, spec = finetune.start(params.model_copy(update={"finetune": first}))
     finetune.finetune(teacher, spec, first, TRAIN, VAL, folder / "finetune.pt")
     export(teacher, spec, folder / "finetune.onnx")
     recovery = params.prune.recovery

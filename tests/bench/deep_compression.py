@@ -33,12 +33,13 @@ from torch.nn.utils import parametrize
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tasks import ingest, prune, quantize, reduce
+from tasks import prune, quantize, reduce
 from tasks.core import config, files, paths
 from tasks.core.errors import StageError, run
 from tasks.graphs import calibration, codebook, graph
 from tasks.images import splits
 from tasks.images.preprocessing import Preprocessing
+from tasks.images.sources import open_source
 from tasks.nets import backbone, distillation, masks, training
 from tasks.nets.export import export
 from tasks.runtime import session
@@ -190,7 +191,10 @@ def fetch(folder: Path) -> Path:
 
 def split(source: Path, target: Path) -> None:
     """Write train.parquet, val.parquet and test.parquet; the test images are MNIST's own."""
-    items = list(ingest.idx_examples(source, CLASSES))
+    asked = config.Ingest(
+        kind="idx", path=str(source), split=config.Split(val=0.1, test=0.1), max_corrupt_fraction=0, seed=0
+    )
+    items = list(open_source(asked, CLASSES).items())
     parts = {name: [item for item in items if item.path.startswith(name)] for name in IMAGES}
     for name, count in IMAGES.items():
         if len(parts[name]) != count:

@@ -1,0 +1,62 @@
+"""Pictures and sources of them for the tests, and what ingest makes of a source."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from tasks.core import config
+from tasks.core.errors import StageError
+from tasks.ingest import ingest
+
+SPLITS = ("train", "val", "test")
+CLASSES = ("cat", "dog")
+MAX_SIDE = 4096
+
+
+def noise(seed: int, *shape: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def put(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def folder(root: Path, per_class: int = 20) -> Path:
+    for offset, name in enumerate(CLASSES):
+        for index in range(per_class):
+            put(root / name / f"{index:03}.png", encoded(noise(1000 * offset + index, 8, 8)))
+    return root
+
+
+def parameters(source: Path, kind: str = "folder", **changes: Any) -> config.Ingest:
+    values = {"split": {"val": 0.1, "test": 0.2}, "max_corrupt_fraction": 0.1, "seed": 0, **changes}
+    return config.Ingest.model_validate({"kind": kind, "path": str(source), **values})
+
+
+def ingested(params: config.Ingest, outputs: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """The manifest by path, and the splits."""
+    outputs.mkdir()
+    ingest(params, CLASSES, MAX_SIDE, {name: outputs / f"{name}.parquet" for name in (*SPLITS, "manifest")})
+    read = {name: pd.read_parquet(outputs / f"{name}.parquet") for name in (*SPLITS, "manifest")}
+    manifest = read.pop("manifest").set_index("path")
+    assert manifest.index.is_unique
+    return manifest, read
+
+
+def refusal(params: config.Ingest, outputs: Path) -> str:
+    with pytest.raises(StageError) as caught:
+        ingested(params, outputs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
