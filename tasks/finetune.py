@@ -20,7 +20,8 @@ def finetune(
     backbone.freeze(net, params.freeze_stages)
     net.to(training.device())
     hold = masks.hold_zeros(net, backbone.head(net)) if params.weights.stage == "prune" else None
-    loss = training.cross_entropy(params.training.label_smoothing)
+    weights = training.class_weights(params.training, images.labels)
+    loss = training.cross_entropy(params.training.label_smoothing, weights)
     history = training.fit(net, images, held_out, loss, params.training, checkpoint=checkpoint, after_step=hold)
     top1, val_loss = training.evaluate(net, held_out)
     return {"val_top1": top1, "val_loss": val_loss, "parameters": sum(p.numel() for p in net.parameters())}, history

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tasks.core import config, files
 from tasks.core.errors import StageError
-from tasks.nets import backbone, training
+from tasks.nets import backbone, distillation, training
 from tasks.nets.backbone import Spec
 
 CLASSES = tuple("0123456789")
@@ -342,3 +342,53 @@ def test_the_history_is_a_table(tmp_path: Path) -> None:
     ]
     training.write_history(tmp_path / "history.csv", [])
     assert (tmp_path / "history.csv").read_text() == "epoch,train_loss,val_loss,val_top1\n"
+
+
+def rare(split: training.Images, number: int, kept: int) -> training.Images:
+    """The split with so few images of one class."""
+    rows = [row for row, label in enumerate(split.labels) if label != number]
+    rows += [row for row, label in enumerate(split.labels) if label == number][:kept]
+    split.images, split.labels = [split.images[row] for row in rows], [split.labels[row] for row in rows]
+    return split
+
+
+def recall(net: nn.Module, split: training.Images, number: int) -> float:
+    images = torch.stack([split[row][0] for row, label in enumerate(split.labels) if label == number])
+    return float((net.eval()(images).argmax(1) == number).float().mean())
+
+
+@pytest.mark.parametrize("how", ["fine-tuning", "recovery"])
+@pytest.mark.parametrize("balance", ["loss", "sampler"])
+def test_a_rare_class_is_answered_more_often_where_classes_are_balanced(
+    digits: Path, tmp_path: Path, balance: str, how: str
+) -> None:
+    preprocessing = backbone.preprocessing("mlp", 8)
+    val = training.Images(digits / "val.parquet", preprocessing, CLASSES)
+    teacher, _ = fit(digits, tmp_path / "teacher.pt", parameters(epochs=8))
+    found = {}
+    for kind in ("none", balance):
+        params = parameters(epochs=4, learning_rate=0.003, balance=kind, augment={"crop_scale": 1, "flip": 0})
+        train, net = rare(training.Images(digits / "train.parquet", preprocessing, CLASSES), 3, 6), created("mlp")
+        if how == "recovery":
+            recovery = config.Recovery(temperature=2.0, teacher_share=0.5, training=params)
+            distillation.distill(net, teacher, recovery, train, val, checkpoint=tmp_path / f"{kind}.pt")
+        else:
+            loss = training.cross_entropy(0.0, training.class_weights(params, train.labels))
+            training.fit(net, train, val, loss, params, checkpoint=tmp_path / f"{kind}.pt")
+        found[kind] = recall(net, val, 3)
+    assert found[balance] > found["none"] + 0.2, found
+
+
+def test_each_class_counts_as_much_as_any_other() -> None:
+    weights = training.class_weights(parameters(balance="loss"), [0, 0, 0, 1])
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([2 / 3, 2.0])
+    assert training.class_weights(parameters(balance="sampler"), [0, 1]) is None
+
+
+def test_a_weighed_distance_is_that_of_repeated_images() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 5), torch.randn(3, 5)
+    rows = torch.tensor([0, 1, 1, 2, 2, 2])
+    repeated = distillation.distance(student[rows], teacher[rows], 3.0)
+    assert torch.allclose(distillation.distance(student, teacher, 3.0, torch.tensor([1.0, 2.0, 3.0])), repeated)

@@ -153,6 +153,9 @@ class Training(Section):
     weight_decay: Annotated[float, Field(ge=0)]
     schedule: Literal["one-cycle", "cosine"]
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    balance: Literal["none", "loss", "sampler"] = Field(
+        "none", description="where classes differ in size: as they are, weighed in the loss, or drawn equally often"
+    )
     patience: Count | None = Field(None, description="stop after so many epochs without a better val top-1")
     augment: Augment
     bf16: bool = Field(False, description="bfloat16 autocast; pays at large images or on CPUs with AMX")

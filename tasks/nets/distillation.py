@@ -30,12 +30,15 @@ def distill(
     teacher.to(where).eval()
     augment = params.training.augment
     images: training.Labelled = train.with_augmentation(augment)
-    loss = training.cross_entropy(params.training.label_smoothing)
+    weights = training.class_weights(params.training, train.labels)
+    if weights is not None:
+        weights = weights.to(where)
+    loss = training.cross_entropy(params.training.label_smoothing, weights)
     if params.teacher_share > 0 and augment.crop_scale == 1 and augment.erase == 0:
         images = Mirrored(train, augment.flip)  # the teacher has but two answers to an image
-        loss = loss_of_answers(answers(teacher, train), torch.tensor(train.labels), params)
+        loss = loss_of_answers(answers(teacher, train), torch.tensor(train.labels), params, weights)
     elif params.teacher_share > 0:
-        loss = loss_with_teacher(teacher, params)
+        loss = loss_with_teacher(teacher, params, weights)
     history = training.fit(student, images, val, loss, params.training, **fit)
     student.cpu()
     teacher.cpu()
@@ -46,7 +49,7 @@ class Mirrored:
     """Images as they are or mirrored, float32 (C, H, W), each with the row of `answers` that belongs to it."""
 
     def __init__(self, images: training.Images, flip: float) -> None:
-        self.images, self.flip = images, flip
+        self.images, self.flip, self.labels = images, flip, images.labels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -70,33 +73,42 @@ def answers(teacher: nn.Module, images: training.Images) -> Tensor:
     return torch.cat([*as_is, *mirrored])
 
 
-def loss_of_answers(targets: Tensor, labels: Tensor, params: config.Recovery) -> training.Loss:
+def loss_of_answers(
+    targets: Tensor, labels: Tensor, params: config.Recovery, weights: Tensor | None = None
+) -> training.Loss:
     """The loss of distillation from answers that are known, where `Mirrored` gives their rows as labels."""
     targets, labels = targets.clone(), labels.to(targets.device)  # a copy that autograd may see
-    return lambda _, logits, rows: _loss(logits, targets[rows], labels[rows % len(labels)], params)
+    return lambda _, logits, rows: _loss(logits, targets[rows], labels[rows % len(labels)], params, weights)
 
 
-def loss_with_teacher(teacher: nn.Module, params: config.Recovery) -> training.Loss:
+def loss_with_teacher(teacher: nn.Module, params: config.Recovery, weights: Tensor | None = None) -> training.Loss:
     """The loss of distillation, for which the teacher sees each batch."""
 
     def loss(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         with torch.inference_mode():
             target = teacher(images)
-        return _loss(logits, target, labels, params)
+        return _loss(logits, target, labels, params, weights)
 
     return loss
 
 
-def _loss(logits: Tensor, target: Tensor, labels: Tensor, params: config.Recovery) -> Tensor:
-    hard = functional.cross_entropy(logits, labels, label_smoothing=params.training.label_smoothing)
-    return params.teacher_share * distance(logits, target, params.temperature) + (1 - params.teacher_share) * hard
+def _loss(
+    logits: Tensor, target: Tensor, labels: Tensor, params: config.Recovery, weights: Tensor | None = None
+) -> Tensor:
+    hard = functional.cross_entropy(logits, labels, weights, label_smoothing=params.training.label_smoothing)
+    counted = None if weights is None else weights[labels]
+    soft = distance(logits, target, params.temperature, counted)
+    return params.teacher_share * soft + (1 - params.teacher_share) * hard
 
 
-def distance(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of softened answers, times T^2 (Hinton et al. 2015, arXiv:1503.02531, section 2)."""
-    return temperature**2 * functional.kl_div(
-        functional.log_softmax(student / temperature, 1),
-        functional.log_softmax(teacher / temperature, 1),
-        reduction="batchmean",
-        log_target=True,
-    )
+def distance(student: Tensor, teacher: Tensor, temperature: float, counted: Tensor | None = None) -> Tensor:
+    """Kullback-Leibler divergence of softened answers, times T^2 (Hinton et al. 2015, arXiv:1503.02531, section 2).
+
+    The mean over the images, each of which counts as `counted` says, float32 (B,), or all alike.
+    """
+    found = functional.log_softmax(student / temperature, 1)
+    wanted = functional.log_softmax(teacher / temperature, 1)
+    if counted is None:
+        return temperature**2 * functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+    each = functional.kl_div(found, wanted, reduction="none", log_target=True).sum(1)
+    return temperature**2 * (each * counted).sum() / counted.sum()

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, WeightedRandomSampler
 from torchvision.transforms import v2
 
 from tasks.core import config, files, paths
@@ -27,7 +27,12 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, logits, labels -> s
 
 
 class Labelled(Protocol):
-    """What can be trained on: float32 (C, H, W) and a number that the loss knows, such as that of the class."""
+    """What can be trained on: float32 (C, H, W) and a number that the loss knows, such as that of the class.
+
+    `labels` has the class number of each.
+    """
+
+    labels: list[int]
 
     def __len__(self) -> int: ...
 
@@ -98,9 +103,22 @@ def checkpoint_path(stage: str, *inputs: Path, params: config.Section, spec: Spe
     return paths.CHECKPOINTS / f"{stage}-{key.hexdigest()[:16]}.pt"
 
 
-def cross_entropy(label_smoothing: float) -> Loss:
-    """The loss of plain supervised training."""
-    return lambda _images, logits, labels: functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+def cross_entropy(label_smoothing: float, weights: Tensor | None = None) -> Loss:
+    """The loss of plain supervised training; `weights` are those of the classes, float32 (classes,)."""
+    return lambda _images, logits, labels: functional.cross_entropy(
+        logits, labels, None if weights is None else weights.to(logits.device), label_smoothing=label_smoothing
+    )
+
+
+def class_weights(params: config.Training, labels: list[int]) -> Tensor | None:
+    """What each class counts in the loss, float32 (classes,), 1 on average over the images; None if all count alike.
+
+    A class with half as many images counts twice (G. King, L. Zeng, Logistic regression in rare events data, 2001).
+    """
+    if params.balance != "loss":
+        return None
+    counts = torch.bincount(torch.tensor(labels)).clamp(min=1)
+    return len(labels) / (len(counts) * counts)
 
 
 @torch.inference_mode()
@@ -202,7 +220,11 @@ def _epoch(
 
 def _loader(train: Labelled, params: config.Training) -> Iterable[tuple[Tensor, Tensor]]:
     drop_last = len(train) > params.batch_size  # a last batch of one image would break BatchNorm
-    return DataLoader(train, params.batch_size, shuffle=True, drop_last=drop_last)  # type: ignore[arg-type]
+    if params.balance != "sampler":
+        return DataLoader(train, params.batch_size, shuffle=True, drop_last=drop_last)  # type: ignore[arg-type]
+    labels = torch.tensor(train.labels)
+    sampler = WeightedRandomSampler((1 / torch.bincount(labels))[labels].tolist(), len(labels))
+    return DataLoader(train, params.batch_size, sampler=sampler, drop_last=drop_last)  # type: ignore[arg-type]
 
 
 def _steps(train: Labelled, params: config.Training) -> int:
