@@ -22,6 +22,7 @@ from tasks.core.report import Latency, Measurements, Report
 from tasks.graphs import graph
 from tasks.graphs.optimized import optimize
 from tasks.images import splits
+from tasks.images.preprocessing import batch_of
 from tasks.runtime import golden, session
 from tasks.runtime.probe import probe
 
@@ -40,7 +41,7 @@ def answers(model: Path, test: Path, threads: int) -> list[str]:
     ready = session.open_session(model, threads)
     preprocessing, classes = session.description(ready)
     names: list[str] = []
-    for images in splits.images(test, preprocessing, BATCH):
+    for images in splits.images(test, preprocessing, batch_of(preprocessing, BATCH)):
         outputs = session.logits(ready, images)
         if not np.isfinite(outputs).all():
             raise StageError(f"{model} answers with NaN or infinite logits on images of {test}")

@@ -176,3 +176,9 @@ def test_a_split_that_is_missing(tmp_path: Path, read: Callable[[Path], object])
     with pytest.raises(FileNotFoundError) as caught:
         read(tmp_path / "train.parquet")
     assert Path(str(caught.value.filename)) == tmp_path / "train.parquet"
+
+
+@pytest.mark.parametrize(("side", "sizes"), [(8, [8, 1]), (128, [2, 2, 2, 2, 1]), (1024, [1] * 9)])
+def test_large_images_come_in_smaller_batches(tmp_path: Path, side: int, sizes: list[int]) -> None:
+    path = parquet(tmp_path / "val.parquet", ["a"] * 9)
+    assert [len(images) for images, _ in splits.batches(path, replace(GREY, size=side), ("a",), 8)] == sizes

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from tasks.core import files
 from tasks.core.errors import WeighinError
@@ -149,12 +152,60 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         ("errors.ParamsError('a sentence')", "error: a sentence\n"),
         ("PermissionError(13, 'Permission denied', 'a/b')", "error: a/b: Permission denied\n"),
         ("OSError('no number')", "error: input or output: no number\n"),
-        ("MemoryError()", "error: out of memory: lower the batch size or the image size in params.yaml\n"),
+        ("MemoryError()", "error: out of memory: lower finetune.image_size in params.yaml\n"),
     ],
 )
 def test_how_a_stage_ends(tmp_path: Path, raised: str, says: str) -> None:
     done = full_device(tmp_path, f"def main(): raise {raised}\nerrors.run(main)", limit=4096)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", says)
+
+
+HUNGRY = {
+    "torch": "import torch; limit(); torch.zeros(10**10)",
+    "torch in a network": "import torch; net = torch.nn.Conv2d(3, 64, 3); limit(); [net(torch.zeros(64, 3, 224, 224)) "
+    "for _ in range(9)]",
+    "onnxruntime": "from tasks.runtime import session; ready = session.open_session(Path('net.onnx'), 1); limit(); "
+    "session.logits(ready, np.zeros((600, 3, 224, 224), np.float32))",
+    "numpy": "limit(); np.zeros(10**10)",
+    "pyarrow": "import pyarrow; limit(); pyarrow.allocate_buffer(10**10)",
+    "Pillow": "from PIL import Image; limit(); Image.new('RGB', (30000, 30000))",
+    "pandas": "import pandas; limit(); one = pandas.DataFrame({'a': np.zeros(10**6)}); one.merge(one, how='cross')",
+}
+
+
+@pytest.mark.parametrize("library", HUNGRY)
+def test_running_out_of_memory_is_one_sentence_whatever_the_library_throws(tmp_path: Path, library: str) -> None:
+    convolution = helper.make_node("Conv", ["image", "weight"], ["logits"], pads=[1] * 4)
+    body = helper.make_graph(
+        [convolution],
+        "net",
+        [helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ("batch", 3, 224, 224))],
+        [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.ones((64, 3, 3, 3), np.float32), "weight")],
+    )
+    opset = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(body, opset_imports=opset, ir_version=10), tmp_path / "net.onnx")
+    (tmp_path / "prune.py").write_text(f"""
+import resource
+from pathlib import Path
+import numpy as np
+from tasks.core import errors
+def limit():
+    used = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 2**29,) * 2)
+def main():
+    {HUNGRY[library]}
+errors.run(main)
+""")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "prune.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert lines[-1] == (
+        "error: out of memory: lower prune.recovery.training.batch_size or finetune.image_size in params.yaml"
+    )
+    assert "Traceback" not in done.stderr
 
 
 def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from tasks.core import config, files
 from tasks.core.errors import StageError
 from tasks.graphs import graph, rounding
-from tasks.graphs.calibration import BATCH, Reader, check_scales, quantize, sensitivities
+from tasks.graphs.calibration import BATCH, Reader, check_scales, images_at_once, quantize, sensitivities
 from tasks.graphs.optimized import float_layers
 from tasks.images.preprocessing import Preprocessing, preprocess
 from tasks.quantize import calibration_images
@@ -499,3 +499,16 @@ def test_the_stage_refuses_a_model_that_stays_in_float(repository: Repository, n
     prepared(repository, path)
     assert "data/models/quantize/model.onnx still computes in float: Conv of " in repository.sentence("quantize")
     assert not repository.model("quantize").exists()
+
+
+def test_large_images_go_through_in_smaller_batches(tmp_path: Path, networks: Networks) -> None:
+    """As many as training holds more of; small ones, 32 at once, as ever."""
+    counts = {}
+    for side in (32, 224, 1024):
+        model = onnx.load(networks("mobilenetv2_050").path)
+        for axis in (2, 3):
+            model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = side
+        del model.graph.value_info[:]
+        onnx.save(model, tmp_path / "model.onnx")
+        counts[side] = images_at_once(tmp_path / "model.onnx", BATCH)
+    assert counts == {32: 32, 224: 4, 1024: 1}

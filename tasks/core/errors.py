@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from tasks.core.paths import PARAMS
 
@@ -23,16 +24,33 @@ class RegistryError(WeighinError):
     """A decision could not be read or recorded."""
 
 
+# What libraries say in exceptions of their own when memory runs out: PyTorch, CUDA, ONNX Runtime, C++.
+NO_MEMORY = ("allocate memory", "out of memory", "bad_alloc", "bad allocation")
+# What helps a stage that runs out of memory.
+SMALLER = {
+    "ingest": "validate.max_side",
+    "finetune": "finetune.training.batch_size or finetune.image_size",
+    "prune": "prune.recovery.training.batch_size or finetune.image_size",
+    "quantize": "quantize.qat.training.batch_size, if there is one, or finetune.image_size",
+}
+
 MENDABLE = (WeighinError, OSError, MemoryError)  # what a user can put right, and is told in a sentence
 
 
 def describe(error: BaseException) -> str:
     """The sentence that tells a user what is wrong."""
-    if isinstance(error, MemoryError):
-        return "out of memory: lower the batch size or the image size in params.yaml"
+    if is_out_of_memory(error):
+        stage = Path(sys.argv[0]).stem
+        return f"out of memory: lower {SMALLER.get(stage, 'finetune.image_size')} in {PARAMS}"
     if isinstance(error, OSError):
         return f"{error.filename or 'input or output'}: {error.strerror or error}"
     return str(error) or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, whatever the library throws."""
+    told = not isinstance(error, WeighinError | OSError) and any(one in str(error).lower() for one in NO_MEMORY)
+    return isinstance(error, MemoryError) or told
 
 
 def first_line(error: Exception) -> str:
@@ -53,7 +71,9 @@ def run(main: Callable[[], None]) -> None:
         main()
         if _params() != before:
             raise StageError(f"{PARAMS} changed while the stage was at work: run again")
-    except MENDABLE as error:
+    except Exception as error:
+        if not isinstance(error, MENDABLE) and not is_out_of_memory(error):
+            raise
         print(f"error: {describe(error)}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 

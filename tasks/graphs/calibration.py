@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator
@@ -30,7 +31,8 @@ from tasks.graphs.graph import Array
 from tasks.images.preprocessing import Preprocessing, preprocess
 
 BATCH = 32
-SENSITIVITY_IMAGES = 8  # images whose tensors are looked at, all at once
+SENSITIVITY_IMAGES = 8  # images whose tensors are looked at, all at once, unless they are large
+ACTIVATIONS_BYTES = 192 * 2**20  # of all layers for the images that are looked at at once; training holds more
 
 
 QUANTIZED = ("Conv", "Gemm", "MatMul", "Add", "Clip", "Relu", "MaxPool", "AveragePool", "GlobalAveragePool", "Flatten")
@@ -39,12 +41,12 @@ QUANTIZED = ("Conv", "Gemm", "MatMul", "Add", "Clip", "Relu", "MaxPool", "Averag
 class Reader(CalibrationDataReader):  # type: ignore[misc]
     """Feeds calibration images batch by batch; `set_range` lets the histograms be built piece by piece."""
 
-    def __init__(self, images: list[bytes], preprocessing: Preprocessing) -> None:
-        self.images, self.preprocessing = images, preprocessing
-        self.set_range(0, len(images) // BATCH)
+    def __init__(self, images: list[bytes], preprocessing: Preprocessing, batch: int = BATCH) -> None:
+        self.images, self.preprocessing, self.batch = images, preprocessing, batch
+        self.set_range(0, len(self))
 
     def __len__(self) -> int:
-        return len(self.images) // BATCH
+        return len(self.images) // self.batch
 
     def set_range(self, start_index: int, end_index: int) -> None:
         self.pending = iter(range(start_index, end_index))
@@ -53,8 +55,19 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
         batch = next(self.pending, None)
         if batch is None:
             return None
-        part = self.images[batch * BATCH : (batch + 1) * BATCH]
+        part = self.images[batch * self.batch : (batch + 1) * self.batch]
         return {"image": np.stack([preprocess(image, self.preprocessing) for image in part])}
+
+
+def images_at_once(model: Path, most: int) -> int:
+    """How many images go through a model of which every activation is kept: a power of two, `most` at most.
+
+    It depends on the model alone, since other batches make other histograms.
+    """
+    network = onnx.load(model)
+    known = graph.shapes(network)
+    each = 4 * sum(math.prod(known.get(name, ())) for node in network.graph.node for name in node.output)
+    return min(most, 1 << int(math.log2(max(ACTIVATIONS_BYTES / max(each, 1), 1))))
 
 
 def quantize(
@@ -85,6 +98,7 @@ def calibrate(
 ) -> onnx.ModelProto:
     """As ONNX Runtime quantizes it, and idle sums with the scale of what they pass on; `StageError` if it cannot."""
     scales: dict[str, list[dict[str, Array]]] = {}
+    batch = images_at_once(model, BATCH)
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch, quiet():
         target, ranges = (Path(scratch) / name for name in ("quantized.onnx", "ranges.json"))
 
@@ -92,7 +106,7 @@ def calibrate(
             quantize_static(
                 model,
                 target,
-                Reader(images, preprocessing),
+                Reader(images, preprocessing, batch),
                 calibration_cache_path=ranges,  # so that another round takes a second
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(QUANTIZED),
@@ -170,11 +184,12 @@ def sensitivities(
 ) -> list[dict[str, Any]]:
     """By layer, the noisiest output first, what int8 does to it: signal to quantization noise in decibels.
 
-    `weights_db` is of the layer's weights; `output_db` of its output on SENSITIVITY_IMAGES images, with all layers
-    before it in int8 too. Layers that stay in float, or that have no weights left, are not listed; codes that are
-    shared later are not looked at.
+    `weights_db` is of the layer's weights; `output_db` of its output on up to SENSITIVITY_IMAGES images, with all
+    layers before it in int8 too. Layers that stay in float, or that have no weights left, are not listed; codes that
+    are shared later are not looked at.
     """
-    inputs = {"image": np.stack([preprocess(image, preprocessing) for image in images[:SENSITIVITY_IMAGES]])}
+    count = images_at_once(model, SENSITIVITY_IMAGES)
+    inputs = {"image": np.stack([preprocess(image, preprocessing) for image in images[:count]])}
     found = []
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch, quiet():
         coded, watched = (Path(scratch) / name for name in ("coded.onnx", "watched.onnx"))

@@ -47,6 +47,14 @@ class Preprocessing:
         return (self.channels, self.size, self.size)
 
 
+def batch_of(preprocessing: Preprocessing, most: int) -> int:
+    """How many images go through a network at once where nothing is trained: `most` of 64 x 64 pixels, or less.
+
+    So that what comes after training needs no more memory than training did.
+    """
+    return max(1, min(most, most * 64 * 64 // preprocessing.size**2))
+
+
 def open_image(data: bytes) -> Image.Image:
     """The image, not decoded yet, if it is one of FORMATS; whatever Pillow raises if not."""
     return Image.open(io.BytesIO(data), formats=FORMATS)

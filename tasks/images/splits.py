@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.core.errors import StageError, first_line
-from tasks.images.preprocessing import Preprocessing, preprocess
+from tasks.images.preprocessing import Preprocessing, batch_of, preprocess
 
 Batch = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
@@ -56,9 +56,13 @@ def _open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def batches(path: Path, preprocessing: Preprocessing, classes: tuple[str, ...], size: int) -> Iterator[Batch]:
-    """The split in order, decoded batch by batch: float32 (B, C, H, W) and int64 (B,)."""
+    """The split in order, decoded batch by batch: float32 (B, C, H, W) and int64 (B,).
+
+    A batch has `size` images, or less if they are large: see `batch_of`.
+    """
     encoded, codes = read(path, classes)
     labels = np.asarray(codes, dtype=np.int64)
+    size = batch_of(preprocessing, size)
     for start in range(0, len(encoded), size):
         yield _stack(encoded[start : start + size], preprocessing), labels[start : start + size]
 

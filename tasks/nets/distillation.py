@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from tasks.core import config
 from tasks.core.progress import track
+from tasks.images.preprocessing import batch_of
 from tasks.nets import training
 
 
@@ -64,10 +65,11 @@ class Mirrored:
 def answers(teacher: nn.Module, images: training.Images) -> Tensor:
     """The teacher's logits, float32 (2 N, classes): for each image as it is, then for each mirrored."""
     where = next(teacher.parameters()).device
-    loader: Iterable[tuple[Tensor, Tensor]] = DataLoader(images, training.EVALUATION_BATCH)  # type: ignore[arg-type]
+    size = batch_of(images.preprocessing, training.EVALUATION_BATCH)
+    loader: Iterable[tuple[Tensor, Tensor]] = DataLoader(images, size)  # type: ignore[arg-type]
     as_is: list[Tensor] = []
     mirrored: list[Tensor] = []
-    for batch, _ in track(loader, "asking the teacher", -(-len(images) // training.EVALUATION_BATCH)):
+    for batch, _ in track(loader, "asking the teacher", -(-len(images) // size)):
         for found, seen in ((as_is, batch), (mirrored, batch.flip(3))):
             found.append(teacher(seen.to(where, memory_format=torch.channels_last)))
     return torch.cat([*as_is, *mirrored])

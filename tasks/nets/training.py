@@ -20,7 +20,7 @@ from tasks.core import config, files, paths
 from tasks.core.errors import StageError
 from tasks.core.progress import track
 from tasks.images import splits
-from tasks.images.preprocessing import Preprocessing, decode, preprocess
+from tasks.images.preprocessing import Preprocessing, batch_of, decode, preprocess
 from tasks.nets.backbone import Spec
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, logits, labels -> scalar
@@ -127,7 +127,7 @@ def evaluate(net: nn.Module, images: Images) -> tuple[float, float]:
     where = next(net.parameters()).device
     net.eval()
     correct, loss = 0, 0.0
-    for batch, labels in DataLoader(images, batch_size=EVALUATION_BATCH):  # type: ignore[arg-type]
+    for batch, labels in DataLoader(images, batch_of(images.preprocessing, EVALUATION_BATCH)):  # type: ignore[arg-type]
         logits = net(_to(batch, where)).cpu()
         correct += int((logits.argmax(1) == labels).sum())
         loss += float(functional.cross_entropy(logits, labels, reduction="sum"))

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from tasks.core.errors import StageError, first_line
+from tasks.core.errors import StageError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     from tasks.images.preprocessing import Preprocessing
@@ -45,6 +45,8 @@ def logits(session: ort.InferenceSession, images: Images) -> Logits:
     try:
         result: Logits = session.run(None, {session.get_inputs()[0].name: images})[0]
     except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError from None
         # as above
         raise StageError(f"the model does not run in ONNX Runtime: {first_line(error)}") from None
     return result
