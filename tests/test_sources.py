@@ -5,10 +5,13 @@ import json
 import os
 import socket
 import struct
+import subprocess
+import sys
 import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -632,3 +635,30 @@ def test_what_is_no_picture_has_a_reason(data: bytes, reason: str) -> None:
     row = describe(Item("a", "cat", data), parameters(Path("in")), MAX_SIDE)
     assert not row["readable"]
     assert row["reason"].startswith(reason)
+
+
+@pytest.mark.parametrize("size", [(0, 8), (8, 0), (2**31, 8), (8, 2**31)])
+def test_idx_files_of_impossible_sizes(tmp_path: Path, size: tuple[int, int]) -> None:
+    sizes = b"".join(one.to_bytes(4, "big") for one in (1, *size))
+    put(tmp_path / "in/train-images-idx3-ubyte", bytes([0, 0, 8, 3]) + sizes + bytes(64))
+    put(tmp_path / "in/train-labels-idx1-ubyte", bytes([0, 0, 8, 1, 0, 0, 0, 1, 0]))
+    says = refusal(parameters(tmp_path / "in", "idx"), tmp_path / "out")
+    assert says.endswith(f"declares images of {size[1]} x {size[0]} pixels: 1 to 4096 are possible")
+
+
+def test_damaged_parquet_is_one_sentence(tmp_path: Path) -> None:
+    content = {"image": [encoded(noise(index, 8, 8)) for index in range(40)], "label": [*CLASSES * 20]}
+    pq.write_table(pa.table(content), tmp_path / "whole.parquet")
+    data = (tmp_path / "whole.parquet").read_bytes()
+    for place in range(4, len(data), len(data) // 20):
+        put(tmp_path / "in.parquet", data[:place] + bytes([data[place] ^ 0xFF] * 8) + data[place + 8 :])
+        with suppress(StageError):
+            list(open_source(parameters(tmp_path / "in.parquet", "parquet"), CLASSES).items())
+
+
+def test_readers_take_or_refuse_what_is_changed_at_random(tmp_path: Path) -> None:
+    """A small run of tests/bench/fuzz.py, which goes on for an hour."""
+    command = [sys.executable, str(ROOT / "tests/bench/fuzz.py"), "--rounds", "60", "--seed", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) >= 12

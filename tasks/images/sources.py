@@ -38,6 +38,7 @@ SPLIT_NAMES = MappingProxyType(
 TABLES = ("metadata.csv", "metadata.jsonl")
 SHOWN = 3  # names in a sentence
 SOURCE_BATCH = 16
+MAX_IDX_SIDE = 4096  # pixels; a damaged file can declare anything
 
 
 class Item(NamedTuple):
@@ -332,6 +333,8 @@ def _idx_pair(images: Path, labels: Path, classes: tuple[str, ...], split: str |
         raise StageError(f"{labels} does not exist: {images} needs its labels beside it")
     with _open(images) as pixels, _open(labels) as codes:
         count, height, width = _idx_sizes(pixels, images, dimensions=3)
+        if not (0 < height <= MAX_IDX_SIDE and 0 < width <= MAX_IDX_SIDE):
+            raise StageError(f"{images} declares images of {width} x {height} pixels: 1 to {MAX_IDX_SIDE} are possible")
         (label_count,) = _idx_sizes(codes, labels, dimensions=1)
         if count != label_count:
             raise StageError(f"{images} has {count} images but {labels} has {label_count} labels")
@@ -407,7 +410,9 @@ def _of_table(one: File, params: config.Ingest, split: str | None) -> Iterator[I
                     found.columns,
                 )
                 row += 1
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # of the operating system; Arrow has some without a number
         raise StageError(f"{one.path} is not Parquet, or is damaged: {first_line(error)}") from None
 
 
