@@ -24,7 +24,7 @@ from tasks.core import config, files, noninferiority, paths, shares
 from tasks.core.errors import StageError, run
 from tasks.runtime import probe
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 NONE = "bootstrap"  # what stands for the champion where there is none yet, and that is allowed
 
 Operator = Literal[">", ">=", "<=", "=="]
@@ -162,14 +162,19 @@ def amount(value: Any) -> Any:
     return value if _is_number(value) and value > 0 else None
 
 
-def gate(evidence: Evidence, limits: config.Gate, classes: tuple[str, ...]) -> Verdict:
+def gate(
+    evidence: Evidence, limits: config.Gate, classes: tuple[str, ...], missing_is_a_slice: bool = False
+) -> Verdict:
     """Judge the reduced model by the evidence and the limits.
 
-    The files must be the ones that the benchmark weighed, so a swapped file fails as a slow one does.
+    The files must be the ones that the benchmark weighed, so a swapped file fails as a slow one does. Up to schema 3
+    images without a value in a column were a slice of their own (`missing_is_a_slice`), on which it could pass.
     """
     table = rows(evidence.predictions)
     compared = compare(evidence, table, limits.champion)
     slices = {column: slice_by(column, table, limit, limits, classes) for column, limit in limits.slices.items()}
+    if not missing_is_a_slice:
+        slices = {column: [one for one in found if one.value] for column, found in slices.items()}
     checks = [
         *_same_files(evidence, table),
         *_thresholds(evidence.report, limits),
@@ -246,7 +251,7 @@ def _times(theirs: object, ours: Any) -> float | None:
 def slice_by(
     column: str, table: Table, limit: config.Slice, limits: config.Gate, classes: tuple[str, ...]
 ) -> list[SliceResult]:
-    """One entry per value of the column: images, top-1 with its interval, and the difference to the champion.
+    """One entry per value of the column, the empty one too: images, top-1 with its interval, loss to the champion.
 
     Every class counts as a value of `label`, whether it has images or not. A slice with fewer images than
     `min_count` is listed and not judged.

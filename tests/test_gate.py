@@ -675,10 +675,16 @@ def test_a_column_that_the_predictions_lack_fails() -> None:
     assert failed(full(), slices={"site": {"min_count": 1, "min_top1": 0.0}}) == ["top1_by_site"]
 
 
-def test_images_without_a_value_are_a_slice_too() -> None:
-    given = with_table(lambda cells: [row.__setitem__(3, "") for row in cells[1:] if row[3] == "phone"])
-    assert "" in [entry.value for entry in judged(given).slices["device"]]
-    assert failed(given) == []
+def test_a_missing_value_is_no_slice() -> None:
+    """Up to schema 3 it was one, and could be the only one that was judged."""
+    some = with_table(lambda cells: [row.__setitem__(3, "") for row in cells[1:] if row[3] == "phone"])
+    assert "" not in [entry.value for entry in judged(some).slices["device"]]
+    assert failed(some) == []
+    all_of_them = with_table(lambda cells: [row.__setitem__(3, "") for row in cells[1:]])
+    assert judged(all_of_them).slices["device"] == []
+    assert "top1_by_device" in failed(all_of_them)
+    before = gate(all_of_them, config.Gate.model_validate(LIMITS), CLASSES, missing_is_a_slice=True)
+    assert [entry.value for entry in before.slices["device"]] == [""]
 
 
 # What would pass

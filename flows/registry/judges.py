@@ -1,7 +1,7 @@
 """Judges: a verdict is judged again by the judge of its own schema, which is kept here as long as there are records.
 
-Recorded code is never run. Schema 3 is judged by the gate of today; schema 2 knew no packed file; schema 1, which named
-no version, compared with no champion.
+Recorded code is never run. Schema 4 is judged by the gate of today; up to schema 3 images without a value in a column
+were a slice; schema 2 knew no packed file; schema 1, which named no version, compared with no champion.
 """
 
 import json
@@ -18,7 +18,7 @@ from tasks.gate import Evidence
 
 # The schemas of verdicts that a decision may have of its own, by the schema of decision.json.
 # These are numbers and not the gate's own: what was once recorded stays allowed when the gate's schema moves on.
-VERDICTS = {0: (1,), 1: (2, 3), 2: (3,)}
+VERDICTS = {0: (1,), 1: (2, 3), 2: (3, 4)}
 
 
 class Unjudged(RegistryError):
@@ -34,7 +34,7 @@ def judge_again(schema: int, evidence: Evidence, params: Any) -> Json:
         classes = tuple(params["classes"])
         if schema == 1:
             return _judge_1(evidence, params["gate"], classes)
-        if schema not in (2, 3):
+        if schema not in (2, 3, 4):
             raise Unjudged(f"there is no judge for verdicts of schema {schema} here")
         limits = config.Gate.model_validate(params["gate"])
     except ValidationError as error:
@@ -42,17 +42,14 @@ def judge_again(schema: int, evidence: Evidence, params: Any) -> Json:
         raise Unjudged(f"gate.{'.'.join(map(str, first['loc']))} in its params.yaml: {first['msg']}") from None
     except (KeyError, TypeError) as error:
         raise Unjudged(f"its params.yaml lacks what the gate of then read: {error}") from None
-    verdict = gate.gate(evidence, limits, classes).to_json()
-    return verdict if schema == 3 else _as_schema_2(verdict)
+    verdict = gate.gate(evidence, limits, classes, missing_is_a_slice=schema < 4).to_json()
+    return (verdict if schema > 2 else _without_packed_file(verdict)) | {"schema_version": schema}
 
 
-def _as_schema_2(verdict: Json) -> Json:
+def _without_packed_file(verdict: Json) -> Json:
     checks = [one for one in verdict["checks"] if one["name"] != "packed_sha256"]
-    passed = all(one["passed"] for one in checks)
-    changed: dict[str, object] = json.loads(
-        json.dumps(verdict | {"schema_version": 2, "passed": passed, "checks": checks})
-    )
-    return changed
+    changed: dict[str, object] = json.loads(json.dumps(verdict | {"checks": checks}))
+    return changed | {"passed": all(one["passed"] for one in checks)}
 
 
 def _judge_1(evidence: Evidence, limits: dict[str, object], classes: tuple[str, ...]) -> Json:

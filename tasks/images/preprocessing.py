@@ -124,5 +124,5 @@ def parse_description(text: str) -> tuple[Preprocessing, tuple[str, ...]]:
             white_level=int(content.get("white_level", WHITE_LEVEL)),
         )
         return preprocessing, tuple(map(str, content["classes"]))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError):
         raise StageError("the ONNX file's metadata does not say how images are prepared for it") from None

@@ -73,6 +73,12 @@ BUDGET = COMPARED | {
     "prune.channels": None,
 }
 CODEBOOK = {"quantize.codebook": 16, "gate.max_zst_bytes": 20000}
+BALANCED = {
+    "ingest.background": [0, 0, 0],
+    "ingest.white_level": 4095,
+    "finetune.training.balance": "loss",
+    "prune.recovery.training.balance": "sampler",
+}
 # The percentile clips so much that calibration alone does not do, and the training runs.
 QAT = {
     "quantize.percentile": 60.0,
@@ -217,6 +223,7 @@ RECORDS = {
     "c861d07": Record(COMPARED | CODEBOOK | QAT),
     "3c445ea": Record(BUDGET | CODEBOOK | QAT),
     "8b26bfd": Record(BUDGET | CODEBOOK),
+    "eae514a": Record(BUDGET | BALANCED),
 }
 
 
