@@ -29,6 +29,7 @@ from tasks.images.sources import SHOWN, SPLITS, Item, Source, open_source, shown
 
 ROWS_PER_GROUP = 512
 BYTES_PER_GROUP = 8 * 2**20
+ROWS_AT_ONCE = 256  # of pixels
 UNREADABLE = paths.REPORTS / "unreadable.csv"
 
 IMAGES = pa.schema([("image", pa.binary()), ("label", pa.string()), ("path", pa.string()), ("sha256", pa.string())])
@@ -120,7 +121,8 @@ def _describe_pixels(opened: Image.Image, params: config.Ingest) -> dict[str, ob
     pixels = image if image.mode == "RGB" else image.convert("RGB")
     facts["mean"], facts["std"] = _moments(pixels)
     hashed = hashlib.sha256(repr((pixels.height, pixels.width, 3)).encode())
-    hashed.update(np.asarray(pixels).data)
+    for top in range(0, pixels.height, ROWS_AT_ONCE):  # what NumPy or tobytes copy is as large as the image
+        hashed.update(pixels.crop((0, top, pixels.width, min(top + ROWS_AT_ONCE, pixels.height))).tobytes())
     facts["pixels_sha256"] = hashed.hexdigest()
     return facts
 

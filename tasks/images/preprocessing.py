@@ -63,20 +63,20 @@ def open_image(data: bytes) -> Image.Image:
 def render(image: Image.Image, background: tuple[int, int, int] | None, white_level: int = WHITE_LEVEL) -> Image.Image:
     """The first frame upright, by its EXIF orientation, in 8 bits a channel, and on the background.
 
-    `ValueError` if the range of its pixels is not known.
+    The argument is used up. `ValueError` if the range of its pixels is not known.
     """
-    turned = ImageOps.exif_transpose(image)
-    if turned.mode.startswith("I;16"):
-        levels = np.asarray(turned).astype(np.uint32) * 256 // (white_level + 1)  # convert() would clip, not scale
+    ImageOps.exif_transpose(image, in_place=True)  # else it copies what is upright
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.uint32) * 256 // (white_level + 1)  # convert() would clip, not scale
         return Image.fromarray(np.minimum(levels, 255).astype(np.uint8))
-    if turned.mode in ("I", "F"):
-        raise ValueError(f"its pixels are of mode {turned.mode}, whose range is not known: save it with 8 or 16 bits")
-    if turned.mode == "LAB":
-        return ImageCms.applyTransform(turned, _lab_to_rgb())  # type: ignore[return-value]
-    if background is None or not turned.has_transparency_data:
-        return turned
-    ground = Image.new("RGBA", turned.size, (*background, 255))
-    return Image.alpha_composite(ground, turned.convert("RGBA")).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode {image.mode}, whose range is not known: save it with 8 or 16 bits")
+    if image.mode == "LAB":
+        return ImageCms.applyTransform(image, _lab_to_rgb())  # type: ignore[return-value]
+    if background is None or not image.has_transparency_data:
+        return image
+    ground = Image.new("RGBA", image.size, (*background, 255))
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
 
 
 @functools.cache

@@ -224,6 +224,7 @@ RECORDS = {
     "3c445ea": Record(BUDGET | CODEBOOK | QAT),
     "8b26bfd": Record(BUDGET | CODEBOOK),
     "eae514a": Record(BUDGET | BALANCED),
+    "904e84e": Record(BUDGET | BALANCED),
 }
 
 
