@@ -311,3 +311,11 @@ def test_parameters_do_not_change(tmp_path: Path, change: Callable[[config.Param
     params = config.load(changed(tmp_path, "model: classifier", "model: digits"))
     with pytest.raises(ValueError, match="frozen"):
         change(params)
+
+
+def test_a_message_is_one_line_whatever_a_key_has_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(SHIPPED.read_text() + '\n"one\\ntwo\\u2028three": 1\n')
+    with pytest.raises(ParamsError) as caught:
+        config.load(path)
+    assert str(caught.value).startswith(f"{path}: one two three is not a parameter")

@@ -398,7 +398,7 @@ def read(data: bytes, name: Path) -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        raise ParamsError(" ".join(f"{name}: {_sentence(error)}".split())) from None  # keys can have line ends
+        raise ParamsError(f"{name}: {_sentence(error)}") from None
 
 
 def parse_yaml(data: bytes, name: Path) -> Any:

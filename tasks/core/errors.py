@@ -9,7 +9,13 @@ from tasks.core.paths import PARAMS
 
 
 class WeighinError(Exception):
-    """Something the user can put right. The message is one sentence: file, value, and what would be right."""
+    """Something the user can put right. The message is one sentence: file, value, and what would be right.
+
+    It is one line, whatever line ends a name or a value in it has.
+    """
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())
 
 
 class ParamsError(WeighinError):
