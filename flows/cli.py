@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -73,13 +73,13 @@ def run(
     with _sentences():
         chosen = _in_repository(params)
         config.load(chosen)
-        from flows.retrain import retrain
-        from flows.schedule import require_server
-
-        require_server()
-        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # a closed terminal cancels
-        decision = retrain(str(chosen), bootstrap)
         from flows import terminal
+        from flows.server import connected
+
+        with connected():
+            from flows.retrain import retrain
+
+            decision = retrain(str(chosen), bootstrap)
 
         _print(decision, as_json, terminal.run)
     raise typer.Exit({"refused": REFUSED, "held": HELD}.get(decision["outcome"], PROMOTED))
@@ -108,13 +108,18 @@ def search(
     with _sentences():
         chosen = _in_repository(params)
         config.load(chosen)
-        from flows import search as searching
-        from flows.schedule import require_server
+        from flows import server, terminal
 
-        require_server()
-        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # a closed terminal cancels
-        found = searching.over(dask, str(chosen), trials) if dask is not None else searching.search(str(chosen), trials)
-        from flows import terminal
+        if dask is not None:
+            server.require_server()  # each worker has to reach it, so that one of our own is none
+            from flows.search import over
+
+            found = over(dask, str(chosen), trials)
+        else:
+            with server.connected():
+                from flows.search import search
+
+                found = search(str(chosen), trials)
 
         _print(found, as_json, terminal.front)
 
@@ -276,8 +281,6 @@ def reproduce(
         from flows.registry.parameters import read_place
         from flows.registry.reproduce import reproduce
 
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the worktree goes
-
         result = reproduce(Path.cwd(), model or read_place(Path.cwd()).model, version, _say(as_json))
         content = result._asdict() | {"artifacts": [one._asdict() | {"same": one.same} for one in result.artifacts]}
         _print(content, as_json, lambda _: terminal.reproduction(result))
@@ -348,9 +351,15 @@ def rotate() -> None:
 @app.command()
 def schedule(
     cron: Annotated[str, typer.Option(help='When to run, as cron says it: "0 3 * * 1" is Mondays at three.')],
+    timezone: Annotated[
+        str | None, typer.Option(help="Time zone of the schedule, such as Europe/Berlin; this machine's if left out.")
+    ] = None,
     params: ParamsFile = paths.PARAMS,
 ) -> None:
-    """Serve the pipeline on a schedule until you stop it.
+    """Serve the pipeline on a schedule until you stop it, which ends a run that is at work.
+
+    Shows when the next three runs start. A time that daylight saving leaves out is kept an hour off, and one that comes
+    twice is kept once.
 
     Uses the Prefect server at PREFECT_API_URL, or starts one here. For a fleet of workers use the deployment in
     deploy/prefect.yaml instead.
@@ -362,7 +371,7 @@ def schedule(
         config.load(chosen)
         from flows.schedule import serve
 
-        serve(cron, chosen)
+        serve(cron, timezone, chosen)
 
 
 @app.command("params")
@@ -385,18 +394,49 @@ def _require_reason(reason: str) -> None:
 
 @contextmanager
 def _sentences() -> Iterator[None]:
-    """One sentence and an exit status instead of a traceback, for what the user can put right."""
+    """One sentence and an exit status instead of a traceback, for what the user can put right.
+
+    SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that what the command has started ends with it.
+    """
     set_quiet()
+    _unwind_when_ended()
     try:
         yield
     except KeyboardInterrupt:
-        sentence, code = "interrupted: the same command goes on from here", FAILED
+        sentence, code = "interrupted: the same command goes on from here", 128 + signal.SIGINT
+    except Ended as end:
+        sentence, code = f"ended by {end.signal.name}: the same command goes on from here", 128 + end.signal
     except MENDABLE as error:
         sentence, code = describe(error), USAGE if isinstance(error, ParamsError) else FAILED
     else:
         return
-    print(f"error: {sentence}", file=sys.stderr)
+    with suppress(OSError):  # a terminal that is closed
+        print(f"error: {sentence}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+class Ended(SystemExit):
+    """The process was told to end."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(128 + number)
+        self.signal = number
+
+
+def _unwind_when_ended() -> None:
+    """Make SIGTERM and SIGHUP an exception, but where the command was started to ignore them, as by nohup."""
+    hung_up: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        raise Ended(signal.SIGHUP if hung_up else signal.Signals(number))
+
+    def hang_up(number: int, _: object) -> None:
+        hung_up.append(number)
+        os.kill(os.getpid(), signal.SIGTERM)  # Prefect has a handler of its own for it while a flow runs
+
+    for number, handler in ((signal.SIGTERM, end), (signal.SIGHUP, hang_up)):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def _in_repository(params: Path) -> Path:

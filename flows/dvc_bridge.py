@@ -5,22 +5,20 @@ Each function imports DVC when it is called, which takes half a second.
 
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from flows import leash
 from tasks.core import files, quiet
 from tasks.core.errors import RegistryError, StageError
 from tasks.core.paths import DEVICE
 
 T = TypeVar("T")
 Say = Callable[[str], None]
-GRACE_S = 10.0
 BUSY_WAIT_S = 2.0
 GLIBC = (2, 35)  # older ones take no threshold over 32 MiB
 ENVIRONMENT = quiet.SETTINGS | {
@@ -120,17 +118,15 @@ def command(
 ) -> tuple[int, list[str]]:
     """DVC's exit status and its lines, which are handed on one by one; it works in the folder, or here.
 
-    Whatever ends this early, `started` included, ends the whole process group.
+    Whatever ends this early, `started` and `kill -9` included, ends the whole process group.
     """
     lines: list[str] = []
-    process = subprocess.Popen(
+    process = leash.start(
         [sys.executable, "-m", "dvc", *arguments],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         errors="replace",
-        start_new_session=True,
         env={
             **os.environ,
             **ENVIRONMENT,
@@ -145,20 +141,7 @@ def command(
                 say(line.rstrip())
         return process.wait(), lines
     finally:
-        end_group(process)
-
-
-def end_group(process: subprocess.Popen[str]) -> None:
-    """End whatever is left of the process group, politely first: a stage removes its temporary files on SIGTERM."""
-    with suppress(ProcessLookupError):
-        for ending in (signal.SIGTERM, signal.SIGKILL):
-            os.killpg(process.pid, ending)
-            deadline = time.monotonic() + GRACE_S
-            while time.monotonic() < deadline:
-                process.poll()  # a leader that nobody has waited for would still count as there
-                os.killpg(process.pid, 0)
-                time.sleep(0.05)
-    process.wait()
+        leash.end(process)
 
 
 def reason(lines: list[str]) -> str:

@@ -1,78 +1,119 @@
 """Serving the pipeline on a schedule."""
 
+import asyncio
+import difflib
 import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import zoneinfo
+from datetime import datetime
 from pathlib import Path
 
-from tasks.core.errors import ParamsError, StageError
+from flows import leash
+from flows.server import connected, load_prefect
+from tasks.core.errors import MENDABLE, ParamsError, describe
 
-SERVER_START_S = 60
+GRACE_S = 60.0  # in which a run puts back the last good results
+SHOWN = 3
+SUCH_AS = "such as Europe/Berlin"
 
 
-def serve(cron: str, params: Path) -> None:
+def serve(cron: str, timezone: str | None, params: Path) -> None:
     """Serve `retrain` until interrupted; a schedule keeps its runs when this process ends and comes back.
 
-    `ParamsError` if the cron expression is not one; `StageError` if the server cannot be reached.
+    Runs are started by a process on a leash: they end when this one does. `ParamsError` if the cron expression or the
+    time zone is not one; `StageError` if the server cannot be reached.
     """
-    from prefect.client.schemas.schedules import CronSchedule
-    from pydantic import ValidationError
+    load_prefect()
+    zone = choose_zone(timezone)
+    times = ", ".join(f"{time:%a %Y-%m-%d %H:%M %Z}" for time in next_times(cron, zone, datetime.now(zone)))
+    chosen = "" if timezone else ", this machine's time zone"
+    print(f"next runs: {times} ({zone.key}{chosen})", flush=True)
+    with connected(schedules=True) as url:
+        print(f"Prefect server and its pages at {url.removesuffix('/api')}", flush=True)
+        serving = leash.start(
+            [sys.executable, "-m", "flows.schedule", cron, zone.key, str(params)], signal.SIGINT, GRACE_S
+        )
+        try:
+            status = serving.wait()
+        finally:
+            leash.end(serving)
+    sys.exit(status)
+
+
+def next_times(cron: str, zone: zoneinfo.ZoneInfo, now: datetime) -> list[datetime]:
+    """When the runs after `now` start, by Prefect's own reckoning; `ParamsError` if it is not a cron expression."""
+    from prefect.server.schemas.schedules import CronSchedule
 
     try:
-        CronSchedule(cron=cron)
-    except ValidationError:
+        schedule = CronSchedule(cron=cron, timezone=zone.key)
+    except ValueError:
         raise ParamsError(f"{cron!r} is not a cron expression: five fields such as '0 3 * * 1'") from None
-    with _server():
+    try:
+        times = asyncio.run(schedule.get_dates(SHOWN, now))
+    except ValueError:
+        raise ParamsError(f"{cron!r} is on no day of any year") from None
+    return [time.astimezone(zone) for time in times]
+
+
+def choose_zone(name: str | None) -> zoneinfo.ZoneInfo:
+    """The time zone of that name, or this machine's: as the variable TZ has it, or else as the system is set.
+
+    `ParamsError` if it is unknown, with the names that are close.
+    """
+    origin = "--timezone"
+    if name is None:
+        name, origin = _own_zone(), "TZ"
+    known = zoneinfo.available_timezones()
+    if name not in known:
+        close = close_zones(name, known)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"it is a name {SUCH_AS}"
+        raise ParamsError(f"{origin} {name!r} is not a time zone: {hint}")
+    return zoneinfo.ZoneInfo(name)
+
+
+def _own_zone() -> str:
+    import tzlocal
+
+    variable = os.environ.get("TZ", "/").removeprefix(":")
+    if not Path(variable).is_absolute():
+        return variable or "UTC"
+    try:
+        name: str | None = tzlocal.get_localzone_name()
+    except (OSError, ValueError, zoneinfo.ZoneInfoNotFoundError) as error:
+        reason = " ".join(str(error).split())
+        raise ParamsError(f"this machine's time zone is not clear, so give --timezone, {SUCH_AS}: {reason}") from None
+    if name in (None, "local"):
+        raise ParamsError(f"this machine does not say in which time zone it is: give --timezone, {SUCH_AS}")
+    return str(name)
+
+
+def close_zones(name: str, known: set[str]) -> list[str]:
+    """The zones that may be meant: those of a city or a region spelt so or nearly so, whatever the case."""
+    wanted = name.replace(" ", "_").casefold()
+    spelt = {one.casefold(): one for one in sorted(known)}
+    cities = {one.rpartition("/")[2]: one for one in spelt}
+    close = difflib.get_close_matches(wanted, spelt, cutoff=0.75)
+    close += [cities[city] for city in difflib.get_close_matches(wanted.rpartition("/")[2], cities, cutoff=0.75)]
+    return [spelt[one] for one in dict.fromkeys(close)][:SHOWN]
+
+
+def main(cron: str, zone: str, params: str) -> None:
+    """Serve until SIGINT; on SIGTERM, Prefect 3.8 forgets to await the end of its runs."""
+    with connected():
+        from prefect.schedules import Cron
+
         from flows.retrain import retrain
 
-        retrain.serve(name="weighin", cron=cron, parameters={"params": str(params)}, pause_on_shutdown=False, limit=1)
+        schedule = Cron(cron, timezone=zone)
+        retrain.serve(
+            name="weighin", schedule=schedule, parameters={"params": params}, pause_on_shutdown=False, limit=1
+        )
 
 
-def require_server() -> None:
-    """`StageError` if a Prefect server is configured but does not answer; without one there is nothing to require."""
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL
-
-    if url := PREFECT_API_URL.value():
-        with get_client(sync_client=True) as client:
-            if problem := client.api_healthcheck():
-                raise StageError(f"no Prefect server answers at {url} ({problem}): start it, or unset PREFECT_API_URL")
-
-
-@contextmanager
-def _server() -> Iterator[None]:
-    """The configured Prefect server, or else one of our own: the ephemeral one runs no schedules."""
-    from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_API_PORT, temporary_settings
-
-    if PREFECT_API_URL.value():
-        require_server()
-        yield
-        return
-    url = f"http://127.0.0.1:{PREFECT_SERVER_API_PORT.value()}"
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
-    server = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+if __name__ == "__main__":
     try:
-        _await(f"{url}/api/health", server)
-        print(f"Prefect server and its pages at {url}", flush=True)
-        with temporary_settings({PREFECT_API_URL: f"{url}/api"}):
-            yield
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
-
-
-def _await(health: str, server: subprocess.Popen[bytes]) -> None:
-    import httpx
-
-    deadline = time.monotonic() + SERVER_START_S
-    while time.monotonic() < deadline and server.poll() is None:
-        with suppress(httpx.HTTPError):
-            if httpx.get(health).is_success:
-                return
-        time.sleep(0.5)
-    raise StageError(f"no Prefect server answers at {health}: start one and set PREFECT_API_URL to it")
+        main(*sys.argv[1:])
+    except MENDABLE as error:
+        print(f"error: {describe(error)}", file=sys.stderr)
+        sys.exit(1)

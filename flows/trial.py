@@ -16,8 +16,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from flows import dvc_bridge
-from flows.dvc_bridge import command, end_group, reason
+from flows import dvc_bridge, leash
+from flows.dvc_bridge import command, reason
 from flows.retrain import hide_user_error_tracebacks
 from tasks.budget.plan import read_plan
 from tasks.core import files, paths
@@ -76,8 +76,7 @@ def end(search: str) -> None:
     """End what the trials of a search do in this process, for good: a thread does not hear of Ctrl-C."""
     _ended.add(search)
     for process in _processes.pop(search, []):
-        if process.poll() is None:
-            end_group(process)
+        leash.end(process)
 
 
 def sweep(root: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from ruamel.yaml import YAML
 from workspace import (
@@ -339,7 +340,7 @@ def test_an_interrupted_run_ends_the_whole_stage_and_the_next_one_goes_on(
     group = wait_for(lambda: stage_group("finetune"), "the stage's start")
     process.send_signal(ending)
     output, _ = process.communicate(timeout=WAIT_S)
-    assert process.returncode not in (PROMOTED, REFUSED), output
+    assert process.returncode == 128 + ending, output
     wait_for(lambda: not group_members(group), "the end of the process group")
     assert undisturbed.items() <= workspace.results().items()
     again = subprocess.Popen(
@@ -350,6 +351,83 @@ def test_an_interrupted_run_ends_the_whole_stage_and_the_next_one_goes_on(
     assert any("resuming after epoch" in line for line in again.stdout)
     again.send_signal(signal.SIGINT)
     again.communicate(timeout=WAIT_S)
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """The process and all that it has started."""
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def lasting(workspace: Workspace, seed: int) -> None:
+    """Make the next run train for long."""
+    training = YAML(typ="safe").load(workspace.root / "params.yaml")["finetune"]["training"]
+    workspace.change(finetune={"training": training | {"epochs": 400, "seed": seed}})
+
+
+ENDINGS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGKILL: -signal.SIGKILL}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_run_ends_with_its_server_and_its_stage(workspace: Workspace, ending: signal.Signals) -> None:
+    lasting(workspace, 100 + ending)
+    process = subprocess.Popen(
+        [str(BIN / "weighin"), "run"], cwd=workspace.root, env=workspace.environment | {"PREFECT_API_URL": ""},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert any("python -m tasks.finetune" in line for line in process.stderr)
+    started = family(process.pid)
+    lines = [" ".join(one.cmdline()) for one in started]
+    assert sum("-m prefect server start" in line for line in lines) == 2  # one of them is the leash
+    process.send_signal(ending)
+    _, told = process.communicate(timeout=WAIT_S)
+    assert process.returncode == ENDINGS[ending]
+    assert "Traceback" not in told
+    assert [line.startswith("error: ") for line in told.splitlines()[-1:]] == [True] * (ending != signal.SIGKILL)
+    assert psutil.wait_procs(started, timeout=WAIT_S)[1] == []
+
+
+def test_a_run_that_nohup_started_goes_on_when_the_terminal_closes(workspace: Workspace) -> None:
+    process = subprocess.Popen(
+        ["nohup", str(BIN / "weighin"), "run"], cwd=workspace.root, env=workspace.environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert any("Beginning flow run" in line for line in process.stdout)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=WAIT_S)
+    assert process.returncode == PROMOTED
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+def test_a_schedule_ends_with_its_server_and_with_the_run_that_it_has_started(
+    workspace: Workspace, ending: signal.Signals, tmp_path: Path
+) -> None:
+    lasting(workspace, 200 + ending)
+    port = str(free_port())
+    own = {"PREFECT_API_URL": "", "PREFECT_SERVER_API_PORT": port, "PREFECT_HOME": str(tmp_path)}
+    process = subprocess.Popen(
+        [str(BIN / "weighin"), "schedule", "--cron", "0 3 * * 1"], cwd=workspace.root, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, text=True, env=workspace.environment | own,
+    )  # fmt: skip
+    assert process.stderr is not None
+    api = Workspace(workspace.root, f"http://127.0.0.1:{port}/api")
+    (deployment,) = wait_for(lambda: answering(api) and deployed(api), "the schedule")
+    api.post(f"deployments/{deployment['id']}/create_flow_run")
+    assert any("python -m tasks.finetune" in line for line in process.stderr)
+    started = family(process.pid)
+    process.send_signal(ending)
+    process.communicate(timeout=WAIT_S)
+    assert process.returncode == ENDINGS[ending]
+    assert psutil.wait_procs(started, timeout=WAIT_S)[1] == []
+
+
+def answering(workspace: Workspace) -> bool:
+    try:
+        return httpx.get(f"{workspace.api}/health").is_success
+    except httpx.HTTPError:
+        return False
 
 
 def test_two_runs_take_turns(workspace: Workspace) -> None:
@@ -449,12 +527,14 @@ def test_the_deployment_runs_on_a_process_work_pool(workspace: Workspace) -> Non
 
 def test_a_schedule_is_served_until_it_is_stopped(workspace: Workspace) -> None:
     serving = subprocess.Popen(
-        [str(BIN / "weighin"), "schedule", "--cron", "0 3 * * 1"], cwd=workspace.root, env=workspace.environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [str(BIN / "weighin"), "schedule", "--cron", "0 3 * * 1"], cwd=workspace.root,
+        env=workspace.environment | {"TZ": "Europe/Berlin"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         (deployment,) = wait_for(lambda: deployed(workspace), "the schedule")
-        assert [(one["schedule"]["cron"], one["active"]) for one in deployment["schedules"]] == [("0 3 * * 1", True)]
+        (kept,) = deployment["schedules"]
+        assert (kept["schedule"]["cron"], kept["schedule"]["timezone"]) == ("0 3 * * 1", "Europe/Berlin")
+        assert kept["active"] is True
         workspace.post(f"deployments/{deployment['id']}/create_flow_run")
         run = wait_for(lambda: finished(workspace, deployment["id"]), "the scheduled run")
         assert run["state"]["type"] == "COMPLETED", run["state"]["message"]

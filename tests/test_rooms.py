@@ -27,7 +27,7 @@ ALLOWED |= {
 }
 # Libraries that only some may import, by the first part of their name.
 ONLY_IN = {
-    "prefect": {"flows.stage", "flows.retrain", "flows.artifacts", "flows.schedule", "flows.search", "flows.trial"},
+    "prefect": {f"flows.{name}" for name in ("stage", "retrain", "artifacts", "schedule", "server", "search", "trial")},
     "dvc": {"flows.dvc_bridge"},
     "torch": {"tasks.nets", "tasks.finetune", "tasks.prune", "tasks.quantize", "flows.profile"},
 }
