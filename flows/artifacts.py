@@ -2,6 +2,7 @@
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
+from flows.registry.markdown import escape, row, table
 from tasks.core import files, paths
 from tasks.core.files import Json
 from tasks.core.report import read_report, stage_rows
@@ -31,12 +32,14 @@ def show_stages() -> None:
 def show_gate(sentence: str) -> None:
     """The gate's checks."""
     verdict = files.read_json(paths.report("gate"))
-    lines = ["| check | | value | | limit | passed |", "|---|---|---|---|---|---|"]
+    lines = [*table("check", "where", "value", "operator", "limit", "passed")]
     for one in verdict["checks"]:
-        passed = "yes" if one["passed"] else "**no**"
         where = "" if one["where"] is None else one["where"]
-        lines.append(f"| {one['name']} | {where} | {one['value']} | {one['operator']} | {one['limit']} | {passed} |")
-    create_markdown_artifact("\n".join([f"**{sentence}**", "", *lines]), key="gate", description=sentence)
+        lines.append(
+            row(one["name"], where, one["value"], one["operator"], one["limit"], "yes" if one["passed"] else "no")
+        )
+    told = escape(sentence)
+    create_markdown_artifact("\n".join([f"**{told}**", "", *lines]), key="gate", description=told)
 
 
 def show_front(found: Json) -> None:

@@ -1,9 +1,14 @@
-"""What the commands show to people: tables and sentences on the terminal."""
+"""What the commands show to people: tables and sentences on the terminal.
 
+Names of classes, paths and values are shown as they are: nothing in them is markup, an emoji or a control sequence.
+"""
+
+import unicodedata
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from tasks.core import config
 from tasks.core.files import Json
@@ -13,6 +18,28 @@ if TYPE_CHECKING:
     from flows.registry.findings import Report
     from flows.registry.reproduce import Result
     from tasks.gate import SliceResult, Verdict
+
+
+Part = str | tuple[str, str]  # a plain text, or a text and its style
+
+
+def _console() -> Console:
+    return Console(markup=False, emoji=False, highlight=False)
+
+
+def _line(*parts: Part) -> Text:
+    """The parts in one line; a control character in them is shown as its code."""
+    pairs = [(part, "") if isinstance(part, str) else part for part in parts]
+    return Text.assemble(*((_plain(part), style) for part, style in pairs))
+
+
+def _plain(text: str) -> str:
+    controls = {one for one in text if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp")}
+    return "".join(one.encode("unicode_escape").decode() if one in controls else one for one in text)
+
+
+def _say(*parts: Part) -> None:
+    _console().print(_line(*parts), soft_wrap=True)
 
 
 def run(content: Json) -> None:
@@ -31,17 +58,12 @@ def run(content: Json) -> None:
             f"{row['times_smaller']:.1f}x",
             f"{row['times_faster']:.1f}x",
         )
-    console = Console()
-    console.print(table)
-    console.print(f"gate: {content['verdict']}", highlight=False, soft_wrap=True)
-    console.print(_outcome(content), highlight=False, soft_wrap=True)
-
-
-def _outcome(decision: Json) -> str:
-    colour = {"refused": "red", "held": "yellow"}.get(decision["outcome"], "green")
-    what = f"{decision['model']} {decision['version'] or ''}".strip()
-    known = "" if decision["recorded"] else " (nothing changed since that decision)"
-    return f"decision: [{colour}]{decision['outcome']}[/{colour}] {what}{known}"
+    _console().print(table)
+    _say(f"gate: {content['verdict']}")
+    colour = {"refused": "red", "held": "yellow"}.get(content["outcome"], "green")
+    what = f"{content['model']} {content['version'] or ''}".strip()
+    known = "" if content["recorded"] else " (nothing changed since that decision)"
+    _say("decision: ", (content["outcome"], colour), f" {what}{known}")
 
 
 def front(content: Json) -> None:
@@ -60,73 +82,66 @@ def front(content: Json) -> None:
             f"{row['val_top1']:.2%}",
             "" if p50 is None else f"{p50:.4f}",
         )
-    console = Console()
-    console.print(table)
-    console.print("To have one of them, put its line into params.yaml; its stages are in DVC's cache already:")
+    _console().print(table)
+    _say("To have one of them, put its line into params.yaml; its stages are in DVC's cache already:")
     for row in content["front"]:
-        console.print(f"  {line(row)}  # trial {row['trial']}", highlight=False, soft_wrap=True, markup=False)
-    console.print(
-        f"front: {len(content['front'])} of {len(content['trials'])} trials, in {FOLDER}/front.png", highlight=False
-    )
+        _say(f"  {line(row)}  # trial {row['trial']}")
+    _say(f"front: {len(content['front'])} of {len(content['trials'])} trials, in {FOLDER}/front.png")
 
 
 def status(content: Json) -> None:
-
-    console = Console()
+    """The version in production, and the latest decision."""
     production, latest = content["production"], content["latest"]
     if production is None:
-        console.print(f"production: no version of {content['model']} yet", highlight=False)
+        _say(f"production: no version of {content['model']} yet")
     else:
-        console.print(
+        _say(
             f"production: {production['model']} {production['version']}, promoted {production['created']}, "
-            f"model SHA-256 {production['model_sha256']}",
-            highlight=False,
-            soft_wrap=True,
+            f"model SHA-256 {production['model_sha256']}"
         )
     if latest is None:
-        console.print("latest decision: none; start with `weighin run`", highlight=False)
+        _say("latest decision: none; start with `weighin run`")
     else:
         failed = f", failed: {', '.join(latest['failed'])}" if latest["failed"] else ""
-        console.print(f"latest decision: {latest['outcome']} {latest['created']}{failed}", highlight=False)
+        _say(f"latest decision: {latest['outcome']} {latest['created']}{failed}")
 
 
 def params(params: config.Params) -> None:
-
+    """Every parameter with its value, its bounds and its meaning."""
     table = Table(box=None, pad_edge=False)
     table.add_column("parameter", no_wrap=True, style="bold")
     table.add_column("value, bounds, meaning", overflow="fold")
     for name, value, bounds, meaning in config.explain(params):
-        table.add_row(name, f"[cyan]{value}[/cyan]" + (f"  ({bounds})" if bounds else ""))
+        table.add_row(_line(name), _line((value, "cyan"), f"  ({bounds})" if bounds else ""))
         if meaning:
-            table.add_row("", f"[dim]{meaning}[/dim]")
-    Console().print(table)
+            table.add_row("", _line((meaning, "dim")))
+    _console().print(table)
 
 
 def verdict(content: "Verdict") -> None:
     """Every check of a verdict, with what it means and what would pass it or is to spare; then the slices."""
     from tasks import gate
 
-    console = Console()
     for one, meaning, remedy in gate.explain(content):
-        mark = "[green]ok[/green]" if one.passed else "[red]no[/red]"
+        mark = ("ok", "green") if one.passed else ("no", "red")
         where = f" ({one.where})" if one.where is not None else ""
         value, limit = _short(one.value), _short(one.limit)
-        spare = f" [dim]({remedy})[/dim]" if one.passed and remedy else ""
-        console.print(f"{mark} [bold]{one.name}[/bold]{where}: {value}, must be {one.operator} {limit}{spare}")
-        console.print(f"   [dim]{meaning}[/dim]", highlight=False)
+        spare = f" ({remedy})" if one.passed and remedy else ""
+        _say(mark, " ", (one.name, "bold"), f"{where}: {value}, must be {one.operator} {limit}", (spare, "dim"))
+        _say("   ", (meaning, "dim"))
         if not one.passed:
-            console.print(f"   would pass: {remedy}", highlight=False, soft_wrap=True)
+            _say(f"   would pass: {remedy}")
     for column, slices in content.slices.items():
-        console.print(_slices(column, slices))
-    console.print(f"gate: {gate.sentence(content)}", highlight=False, soft_wrap=True)
+        _console().print(_slices(column, slices))
+    _say(f"gate: {gate.sentence(content)}")
 
 
 def _slices(column: str, slices: list["SliceResult"]) -> Table:
-    table = Table(column, "images", "top-1", "interval", "against the champion", "judged")
+    table = Table(Column(_line(column)), "images", "top-1", "interval", "against the champion", "judged")
     for one in slices:
         difference = one.difference
         table.add_row(
-            one.value or "(none)",
+            _line(one.value or "(none)"),
             str(one.images),
             "" if one.top1 is None else f"{one.top1:.1%}",
             f"{one.lower:.1%} to {one.upper:.1%}",
@@ -145,40 +160,35 @@ def audit(report: "Report") -> None:
     """Every finding with what was expected and found, and the summary."""
     from flows.registry.findings import summarize
 
-    console = Console()
     for one in report.findings:
         colour = "red" if one.severity == "damage" else "yellow"
-        console.print(f"[{colour}]{one.decision}[/{colour}]: {one.file}", highlight=False, soft_wrap=True)
-        console.print(f"  expected {one.expected}", highlight=False, soft_wrap=True, markup=False)
-        console.print(f"  found    {one.found}", highlight=False, soft_wrap=True, markup=False)
-    console.print(summarize(report), highlight=False, soft_wrap=True)
+        _say((one.decision, colour), f": {one.file}")
+        _say(f"  expected {one.expected}")
+        _say(f"  found    {one.found}")
+    _say(summarize(report))
 
 
 def reproduction(result: "Result") -> None:
     """Each artifact, the first difference, and whether the version is what it was."""
-    console = Console()
     table = Table("stage", "artifact", "SHA-256", "")
     for one in result.artifacts:
-        table.add_row(
-            one.stage, one.path, one.recorded[:16], "[green]same[/green]" if one.same else "[red]differs[/red]"
-        )
-    console.print(table)
+        same = ("same", "green") if one.same else ("differs", "red")
+        table.add_row(one.stage, _line(one.path), one.recorded[:16], _line(same))
+    _console().print(table)
     if result.first:
-        console.print(f"the first difference arises in {result.first.stage}: {result.first.path}", highlight=False)
+        _say(f"the first difference arises in {result.first.stage}: {result.first.path}")
     if result.differs:
-        console.print(f"another kind of machine: {', '.join(result.differs)} differ from the record", highlight=False)
-    console.print(
+        _say(f"another kind of machine: {', '.join(result.differs)} differ from the record")
+    _say(
         f"top-1 {result.top1_reproduced:.2%}, recorded {result.top1_recorded:.2%}: "
-        f"{'reproduced' if result.holds else 'not reproduced'}",
-        highlight=False,
+        f"{'reproduced' if result.holds else 'not reproduced'}"
     )
 
 
 def origins(steps: list[Json]) -> None:
     """A version, what it was made of, and the versions that it was warmed from."""
-    console = Console()
     for step in steps:
-        console.print(f"[bold]{step['version']}[/bold]  {step['created']}, commit {step['commit']}", highlight=False)
+        _say((step["version"], "bold"), f"  {step['created']}, commit {step['commit']}")
         dirty = " with changes" if step["code"]["dirty"] else ""
         rows = {
             "model": step["model_sha256"],
@@ -188,15 +198,17 @@ def origins(steps: list[Json]) -> None:
             **{f"source {path}": sha256 for path, sha256 in list(step["sources"].items())[:20]},
         }
         for name, value in rows.items():
-            console.print(f"  {name}: {value}", highlight=False, soft_wrap=True, markup=False)
+            _say(f"  {name}: {value}")
         if len(step["sources"]) > 20:
-            console.print(f"  and {len(step['sources']) - 20} more source files (--json has them all)", highlight=False)
+            _say(f"  and {len(step['sources']) - 20} more source files (--json has them all)")
 
 
 def uses(rows: list[dict[str, str]]) -> None:
     """The decisions whose models saw a file."""
-    console = Console()
+    if not rows:
+        _say("no model in the registry saw this file")
+        return
     table = Table("decision", "outcome", "as", "split")
     for row in rows:
-        table.add_row(row["decision"], row["outcome"], row["path"], row["split"])
-    console.print(table if rows else "no model in the registry saw this file")
+        table.add_row(row["decision"], row["outcome"], _line(row["path"]), row["split"])
+    _console().print(table)

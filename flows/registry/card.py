@@ -1,9 +1,9 @@
 """The model card of a decision, Markdown."""
 
-import re
 from collections.abc import Iterable, Iterator
 
 from flows.registry.decision import Benchmark, Decision
+from flows.registry.markdown import escape, row, span, table
 from flows.registry.parameters import Recorded
 from tasks.gate import Check
 
@@ -14,16 +14,23 @@ def model_card(decision: Decision, checks: Iterable[Check], benchmark: Benchmark
     sections = {
         "Intended use": [*(f"- {line}" for line in uses(params)), *(f"- {line}" for line in limitations(params))],
         "Stages": [
-            *_table("stage", "top-1", "size", "latency (p50)"),
+            *table("stage", "top-1", "size", "latency (p50)"),
             *(
-                _row(name, f"{one.top1:.2%}", f"{one.size_bytes:,} B", f"{one.latency_p50_ms:.3f} ms")
+                row(name, f"{one.top1:.2%}", f"{one.size_bytes:,} B", f"{one.latency_p50_ms:.3f} ms")
                 for name, one in weighed.items()
             ),
         ],
         "Checks": [
-            *_table("check", "where", "value", "operator", "limit", "passed"),
+            *table("check", "where", "value", "operator", "limit", "passed"),
             *(
-                _row(one.name, one.where or "", one.value, one.operator, one.limit, "yes" if one.passed else "no")
+                row(
+                    one.name,
+                    one.where or "",
+                    _shown(one.value),
+                    one.operator,
+                    _shown(one.limit),
+                    "yes" if one.passed else "no",
+                )
                 for one in checks
             ),
         ],
@@ -37,13 +44,13 @@ def model_card(decision: Decision, checks: Iterable[Check], benchmark: Benchmark
 
 def _outcome(decision: Decision, params: Recorded) -> list[str]:
     lines = [
-        f"{decision.outcome.capitalize()} on {decision.created} by {_span(decision.by or 'unknown')}"
+        f"{decision.outcome.capitalize()} on {decision.created} by {span(decision.by or 'unknown')}"
         + (f", in place of {decision.replaces}." if decision.replaces else ".")
     ]
     if decision.reason is not None:
-        lines += ["", f"Reason: {_text(decision.reason)}"]
+        lines += ["", f"Reason: {escape(decision.reason)}"]
     if decision.failed:
-        lines += ["", f"Failed checks: {_text(', '.join(decision.failed))}."]
+        lines += ["", f"Failed checks: {escape(', '.join(decision.failed))}."]
     return lines + [line for trade in trades(decision, params) for line in ("", trade)]
 
 
@@ -63,14 +70,14 @@ def uses(params: Recorded) -> Iterator[str]:
     side = params.finetune.image_size
     yield (
         f"Images scaled to {side}x{side} pixels, each of one class of {len(params.classes)}: "
-        f"{_text(', '.join(params.classes))}."
+        f"{escape(', '.join(params.classes))}."
     )
 
 
 def limitations(params: Recorded) -> Iterator[str]:
     yield "An image of anything else gets one of these classes too, and the scores are not calibrated probabilities."
     yield "Top-1 is that of a test split from the same source as the training images, and tells nothing of others."
-    yield f"Looked at one by one: the values of {_text(', '.join(params.gate.slices) or 'no column')}."
+    yield f"Looked at one by one: the values of {escape(', '.join(params.gate.slices) or 'no column')}."
     yield "Latencies are those of the machine that metrics.json names, at batch 1."
 
 
@@ -84,26 +91,12 @@ def _origin(decision: Decision, params: Recorded) -> list[str]:
         f"- code SHA-256: `{decision.code_sha256}`",
         f"- code: commit `{code.commit or 'unknown'}`" + (" with changes that are not committed" if code.dirty else ""),
         f"- signed with the key `{decision.signer or 'none'}`",
-        f"- images: {_span(ingest.path)} ({ingest.kind})",
-        f"- starting weights: {_span(params.finetune.backbone)} ({params.finetune.weights.source})",
+        f"- images: {span(ingest.path)} ({ingest.kind})",
+        f"- starting weights: {span(params.finetune.backbone)} ({params.finetune.weights.source})",
         "- materials: `bom.cdx.json` lists them, `provenance.json` names every file by its SHA-256",
         "- licence: the terms of these images and starting weights hold for the model made from them",
     ]
 
 
-def _table(*names: str) -> tuple[str, str]:
-    return _row(*names), _row(*["---"] * len(names))
-
-
-def _row(*cells: object) -> str:
-    shown = ("missing" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells)
-    return "| " + " | ".join(_text(cell) for cell in shown) + " |"
-
-
-def _text(value: object) -> str:
-    # Names and reasons are others' words: no line of theirs starts a heading, ends a cell or becomes HTML or a link.
-    return re.sub(r"([\\|`\[\]]|<(?=[A-Za-z/!?]))", r"\\\1", " ".join(str(value).split()))
-
-
-def _span(value: str) -> str:
-    return "`" + " ".join(value.split()).replace("`", "'") + "`"
+def _shown(cell: object) -> object:
+    return "missing" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else cell
