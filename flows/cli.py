@@ -63,7 +63,8 @@ def run(
     """Bring every stage up to date and decide: promote or refuse.
 
     Stages whose code, parameters and inputs have not changed are skipped. A recipe given with --params becomes
-    the repository's params.yaml. The model in production runs on the same test images, and must not be better.
+    the repository's params.yaml. The model in production runs on the same test images, and may be
+    better by less than `gate.champion.margin` only.
 
     Exit status: **0** promoted, **3** refused by the gate, **4** held until it is approved, **1** failed, **2** wrong
     usage or parameters.

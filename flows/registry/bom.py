@@ -108,7 +108,9 @@ def _data(decision: Decision, params: Recorded) -> list[Json]:
             "bom-ref": "test",
             "name": paths.TEST.as_posix(),
             "hashes": _hashes(decision.data_sha256),
-            "data": [{"type": "dataset", "name": "test", "description": "the split that only benchmark and gate see"}],
+            "data": [
+                {"type": "dataset", "name": "test", "description": "the split that only reduce, benchmark and gate see"}
+            ],
         },
     ]
 

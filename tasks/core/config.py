@@ -53,7 +53,7 @@ class Section(BaseModel):
 
 class Split(Section):
     val: float = Field(gt=0, lt=0.5, description="share of the images for tuning decisions")
-    test: float = Field(gt=0, lt=0.5, description="share of the images that only benchmark and gate see")
+    test: float = Field(gt=0, lt=0.5, description="share of the images that only reduce, benchmark and gate see")
 
 
 class Ingest(Section):
