@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -227,6 +228,49 @@ def test_code_is_dirty_only_by_what_the_decision_does_not_carry(root: Path) -> N
     git(root, "config", "status.showUntrackedFiles", "no")
     (root / "stage.py").write_text("an edit")
     assert decide(root, 2).code.dirty
+
+
+@pytest.mark.parametrize(
+    ("path", "dirty"),
+    [
+        ("data/raw/images/cat/1.jpg", False),
+        ("data/raw/images/cat/odd.py", False),
+        ("data/recipes/mine.yaml", False),
+        ("my-recipe.yaml", False),
+        ("notes.txt", False),
+        ("scripts/count.py", False),
+        ("tasks/notes.md", False),
+        ("tasks/extra.py", True),
+        ("tasks/nets/extra.py", True),
+        ("flows/extra.py", True),
+        ("numpy.py", True),
+        ("numpy.cpython-311-x86_64-linux-gnu.so", True),
+        ("numpy/__init__.py", True),
+    ],
+)
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_new_file_makes_the_code_dirty_only_if_a_stage_could_run_it(
+    root: Path, path: str, dirty: bool, staged: bool
+) -> None:
+    write(root, Path(path), b"new")
+    if staged:
+        git(root, "add", "--force", path)
+    assert decide(root, 1).code.dirty is dirty
+
+
+@pytest.mark.parametrize(
+    ("path", "dirty"), [("data/raw/fashion-mnist/a.gz", False), ("docs/a.md", True), ("tasks/a.py", True)]
+)
+def test_a_changed_or_removed_file_makes_the_code_dirty_unless_it_is_an_image(
+    root: Path, path: str, dirty: bool
+) -> None:
+    write(root, Path(path), b"committed")
+    git(root, "add", "--force", path)
+    git(root, "commit", "--quiet", "-m", "File")
+    write(root, Path(path), (root / path).read_bytes() + b"\n# changed")
+    assert decide(root, 1).code.dirty is dirty
+    (root / path).unlink()
+    assert decide(root, 2).code.dirty is dirty
 
 
 def test_an_unchanged_verdict_is_not_recorded_twice(root: Path) -> None:
@@ -727,6 +771,58 @@ def test_a_key_that_nobody_has_reviewed_signs_nothing(root: Path) -> None:
         opened(root).record()
     git(root, "commit", "--quiet", "--all", "-m", "Rotate")
     assert opened(root).record()[0].version == "v0.2.0"
+
+
+@pytest.mark.parametrize("extension", ["", ',valid-before="20990101Z"'])
+def test_a_key_whose_end_nobody_has_reviewed_the_extension_of_signs_nothing(root: Path, extension: str) -> None:
+    created = decide(root, 1).created
+    end = re.sub(r"[-:T]", "", created)
+    path = root / keys.TRUSTED
+    begun = re.sub('valid-after="[^"]+"', 'valid-after="20200101Z"', path.read_text())
+    ended = begun.replace('valid-after="20200101Z"', f'valid-after="20200101Z",valid-before="{end}"')
+    path.write_text(ended)
+    git(root, "add", "deploy")
+    git(root, "commit", "--quiet", "-m", "End")
+    path.write_text(begun.replace('valid-after="20200101Z"', f'valid-after="20200101Z"{extension}'))
+    judge(root, 2)
+    before = refs(root)
+    with pytest.raises(RegistryError, match="but by the last commit it does not hold now: have the change reviewed"):
+        opened(root).record()
+    assert refs(root) == before
+    git(root, "commit", "--quiet", "--all", "-m", "Extend")
+    assert opened(root).record()[0].version == "v0.2.0"
+
+
+MEDDLED: dict[str, tuple[tuple[str, ...], str]] = {
+    "moved": (("--force", "classifier#production#2", "classifier@v0.1.0^{}"), "classifier#production#2"),
+    "deleted": (("-d", "classifier#production#2"), "classifier#production#2"),
+    "made": (("classifier#production#3", "classifier@v0.1.0^{}"), "classifier#production#3"),
+    "of a later number": (("classifier#production#99", "classifier@v0.1.0^{}"), "classifier#production#99"),
+}
+
+
+@pytest.mark.parametrize("how", MEDDLED)
+def test_what_is_in_production_the_audit_has_from_the_decisions_and_from_no_tag(root: Path, how: str) -> None:
+    from flows.registry.audit import audit
+
+    decide(root, 1)
+    decide(root, 2)
+    command, tag = MEDDLED[how]
+    git(root, "tag", *(() if "-d" in command else ("-a", "-m", how)), *command)
+    report = audit(root, "classifier", working_copy=False)
+    assert report.audited == ["classifier@v0.2.0"]
+    assert [one.file for one in report.damage] == [f"refs/tags/{tag}"]
+
+
+def test_a_version_is_audited_by_its_decision_where_its_tag_is_gone(root: Path) -> None:
+    from flows.registry.audit import audit
+
+    decide(root, 1)
+    decide(root, 2)
+    git(root, "tag", "-d", "classifier@v0.1.0")
+    report = audit(root, "classifier", "v0.1.0", working_copy=False)
+    assert report.audited == ["classifier@v0.1.0"]
+    assert [one.file for one in report.damage] == ["refs/tags/classifier@v0.1.0"]
 
 
 def test_code_that_git_ignores_is_no_part_of_a_commit(root: Path) -> None:

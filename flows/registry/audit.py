@@ -22,6 +22,7 @@ from flows.registry.audit_refs import (
 )
 from flows.registry.chain import Link, Standing, replay
 from flows.registry.findings import Report
+from flows.registry.materials import Material
 from flows.registry.refs import Refs
 from tasks.core.errors import RegistryError
 from tasks.core.progress import track
@@ -48,9 +49,9 @@ def audit(
         found = _read_refs(root, reader)
         if found.tip is None:
             raise RegistryError(f"{root} has no branch registry: nothing has been decided yet, or it was not fetched")
-        wanted = _choose_commit(found, model, artifacts)
         store = Store(root, remote is not None, report)
         links: list[Link] = []
+        made: dict[str, tuple[Material, ...]] = {}  # by the commit of the decision
         walked: list[str] = []
         for commit in track(_commits(reader, found.tip, report), "decisions"):
             walked.append(commit)
@@ -62,9 +63,7 @@ def audit(
             if newest and working_copy:
                 check_working_copy(root, link, outputs, reader, report)
             links.append(link)
-            if wanted in (None, commit):
-                report.audited.append(link.name)
-                store.check(outputs, report.noting(link.name, "artifact", commit))
+            made[commit] = outputs
     if not any(link.decision.model == model for link in links) and not report.findings:
         known = ", ".join(sorted({link.decision.model for link in links}))
         raise RegistryError(f"the registry has no decision on {model}; it has decisions on: {known}")
@@ -72,6 +71,11 @@ def audit(
     _check_unsigned(links, trusted, report)
     is_whole = len(links) == len(walked) and bool(links) and links[-1].decision.previous is None
     standings = _replay(links[::-1], is_whole, report)
+    wanted = _choose_commits(links, standings.get(model, Standing()), model, artifacts, report)
+    for link in links:
+        if link.commit in wanted:
+            report.audited.append(link.name)
+            store.check(made[link.commit], report.noting(link.name, "artifact", link.commit))
     check_tags(root, found, walked, standings, is_whole, report)
     check_histories(root, walked, report)
     check_replacements(root, reader, report)
@@ -103,22 +107,20 @@ def _read_refs(root: Path, reader: Reader) -> Refs:
     return Refs(names.get(refs.BRANCH, names.get(UPSTREAM)), refs.BRANCH in names, None, tags)
 
 
-def _choose_commit(found: Refs, model: str, artifacts: str) -> str | None:
-    """The commit of the decision whose artifacts are wanted; None for all of them."""
+def _choose_commits(links: list[Link], standing: Standing, model: str, artifacts: str, report: Report) -> set[str]:
+    """The commits of the decisions whose artifacts are wanted; the decisions say which, and tags have no say in it."""
     if artifacts == ALL:
-        return None
+        return {link.commit for link in links}
     if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", artifacts):
-        return artifacts
-    tag = f"{model}@{artifacts}"
-    if artifacts != PRODUCTION:
-        if tag not in found.tags:
-            known = sorted(one for one in found.tags if one.startswith(f"{model}@"))
-            raise RegistryError(f"there is no version {tag}; there are: {', '.join(known) or 'none'}")
-        return found.tags[tag]
-    prefix = f"{model}#{refs.STAGE}#"
-    numbers = [one.removeprefix(prefix) for one in found.tags if one.startswith(prefix)]
-    newest = max((int(one) for one in numbers if one.isdecimal()), default=None)
-    return found.tags[f"{prefix}{newest}"] if newest is not None else ""
+        return {artifacts}
+    if artifacts == PRODUCTION:
+        return {standing.production.commit} if standing.production else set()
+    if artifacts in standing.promotions:
+        return {standing.promotions[artifacts].commit}
+    if not report.damage:  # else it may be what is damaged
+        known = ", ".join(f"{model}@{version}" for version in standing.promotions)
+        raise RegistryError(f"there is no version {model}@{artifacts}; there are: {known or 'none'}")
+    return set()
 
 
 def _commits(reader: Reader, tip: str, report: Report) -> Iterator[str]:

@@ -45,7 +45,7 @@ def chain_fields(view: View, say: Callable[[str], None]) -> tuple[dict[str, Any]
     if first and view.links:
         say(f"the {len(view.links)} decisions before this one are not signed: this one takes them over as they are")
     signer = signing.signer(root, now, say, first)
-    _require_reviewed(root, signer)
+    _require_reviewed(root, signer, now)
     who = git.git(root, "var", "GIT_AUTHOR_IDENT", env=git.identity(root))
     fields = {
         "schema_version": 2,
@@ -58,15 +58,17 @@ def chain_fields(view: View, say: Callable[[str], None]) -> tuple[dict[str, Any]
     return fields, signer
 
 
-def _require_reviewed(root: Path, signer: signing.Signer) -> None:
+def _require_reviewed(root: Path, signer: signing.Signer, now: datetime) -> None:
+    """The last commit trusts the key now, by its own times: those of the working copy nobody may have reviewed."""
     with Objects(root) as objects:
         committed = objects.find(f"HEAD:./{keys.TRUSTED}")
-    reviewed = keys.parse(committed.data) if committed else ()
-    if reviewed and all(key.fingerprint != signer.fingerprint for key in reviewed):
-        raise RegistryError(
-            f"key {signer.fingerprint} is in {keys.TRUSTED} here, but not in the last commit: have the change reviewed "
-            "and commit it"
-        )
+    lines = [key for key in keys.parse(committed.data) if key.fingerprint == signer.fingerprint] if committed else []
+    if not (committed and keys.parse(committed.data)) or keys.is_trusted(lines, signer.public_key, now):
+        return
+    here = f"key {signer.fingerprint} is in {keys.TRUSTED} here, but not in the last commit"
+    if lines:
+        here = f"key {signer.fingerprint} holds by {keys.TRUSTED} here, but by the last commit it does not hold now"
+    raise RegistryError(f"{here}: have the change reviewed and commit it")
 
 
 def publish(view: View, decision: Decision, bundle: Bundle, signer: signing.Signer) -> None:

@@ -6,6 +6,7 @@ is in production `<model>#production#<n>`, which is GTO's format. What goes wron
 unusable `params.yaml`, which is a `ParamsError`.
 """
 
+import importlib.machinery
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +46,7 @@ from tasks.core.errors import RegistryError
 from tasks.gate import SCHEMA_VERSION, judging_code
 
 T = TypeVar("T")
+PACKAGES = (materials.CODE.as_posix(), "flows")  # the code of this project
 
 
 class Superseded(RegistryError):
@@ -192,7 +194,7 @@ class Registry:
         params, standing = config.load(self.root / paths.PARAMS), view.standing
         outcome: Outcome = "refused" if not verdict.is_pass else "held" if params.gate.approval else "promoted"
         promoted, production = outcome == "promoted", standing.production
-        code = _code(self.root)
+        code = _code(self.root, Path(params.ingest.path))
         if self.remote:
             _require_pushed(self.root, self.remote, code)
         fields, signer = chain_fields(view, self.say)
@@ -321,15 +323,35 @@ def _require_pushed(root: Path, remote: str, code: Code) -> None:
         raise RegistryError(f"commit {code.commit} is not at {remote}: push it, so that others can audit the decision")
 
 
-def _code(root: Path) -> Code:
+def _code(root: Path, source: Path) -> Code:
+    """The commit, and whether the code that ran may differ from it: that is what "dirty" says.
+
+    It may if a file of the commit was changed or removed, whatever it is, or if there is a new file that Python could
+    import from here: beside the pipeline's, among the code, or in a package. Not so with what the decision carries
+    itself, with the images at `source`, and with other new files, such as images or recipes.
+    """
     try:
         commit = git.git(root, "rev-parse", "--verify", "HEAD^{commit}")
     except RegistryError:
         raise RegistryError(f"{root} has no commit yet: commit the project, so that decisions can name it") from None
-    carried = (f":(exclude){path.as_posix()}" for path in (*COPIED_FILES.values(), keys.TRUSTED))
-    # Without the optional lock, git status does not refresh the user's index.
-    status = ("--no-optional-locks", "status", "--porcelain")
-    changes = git.git(root, *status, "--untracked-files=normal", "--", ".", *carried)
+    apart = [path.as_posix() for path in (*COPIED_FILES.values(), keys.TRUSTED)]
+    here, images = root.resolve(), (root / source).resolve()
+    if images.is_relative_to(here) and not any((here / code).is_relative_to(images) for code in PACKAGES):
+        apart.append(images.relative_to(here).as_posix())
+    chosen = ("--", ".", *(f":(exclude,literal){path}" for path in apart))
+    # Without the optional lock, git does not refresh the user's index.
+    difference = ("--no-optional-locks", "diff", "--name-only", "--no-renames", "-z", "--relative")
+    changed = git.git(root, *difference, "--diff-filter=a", "HEAD", *chosen)
+    new = git.git(root, *difference, "--diff-filter=A", "HEAD", *chosen)
+    new += "\0" + git.git(root, "ls-files", "--others", "--exclude-standard", "-z", *chosen)
     # What git ignores among the code is carried all the same, so no commit has it.
-    ignored = git.git(root, *status, "--untracked-files=all", "--ignored", "--", materials.CODE.as_posix())
-    return Code(commit=commit, dirty=changes != "" or any(line.endswith(".py") for line in ignored.splitlines()))
+    new += "\0" + git.git(root, "ls-files", "--others", "-z", "--", *PACKAGES)
+    return Code(commit=commit, dirty=changed != "" or any(_is_importable(root, Path(name)) for name in new.split("\0")))
+
+
+def _is_importable(root: Path, path: Path) -> bool:
+    """Whether Python could import the file in a process that works in the root."""
+    if not path.name.endswith(tuple(importlib.machinery.all_suffixes())) or "__pycache__" in path.parts:
+        return False
+    top = path.parts[0]
+    return len(path.parts) == 1 or top in PACKAGES or (root / top / "__init__.py").exists()
