@@ -20,7 +20,7 @@ import onnxruntime as ort
 import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from tasks import benchmark, prune, reduce
 from tasks.budget import allocation, costs
@@ -117,7 +117,7 @@ def write_network(
         raise StageError(f"{left} has {size:,} in its file, so budgets cannot be planned for it{why}")
 
 
-def make_untrained(params: config.Params) -> tuple[nn.Module, backbone.Spec, dict[str, float]]:
+def make_untrained(params: config.Params, images: int = IMAGES) -> tuple[nn.Module, backbone.Spec, dict[str, float]]:
     """The backbone, and its residual blocks, all missed alike; with weights of which `reduce` removes none.
 
     Some backbones start with zeros where a branch ends; and without statistics of its own a layer may saturate.
@@ -132,13 +132,18 @@ def make_untrained(params: config.Params) -> tuple[nn.Module, backbone.Spec, dic
             nn.init.normal_(module.bias, 0, 0.2)
             module.momentum = None  # statistics are those of what it sees now
             module.reset_running_stats()
-    example = torch.randn(IMAGES, *preprocessing.shape)
+    example = torch.randn(images, *preprocessing.shape)
     with torch.no_grad():
         net.train()(example)
-    spec = backbone.Spec(
+    return net, describe(params, preprocessing), dict.fromkeys(masks.residual_blocks(net.eval(), example[:2]), 1.0)
+
+
+def describe(params: config.Params, preprocessing: Preprocessing) -> backbone.Spec:
+    """What the untrained backbone is."""
+    name = params.finetune.backbone
+    return backbone.Spec(
         backbone=name, classes=params.classes, preprocessing=preprocessing, weights={"source": "random"}
     )
-    return net, spec, dict.fromkeys(masks.residual_blocks(net.eval(), example[:2]), 1.0)
 
 
 def survey_structure(net: nn.Module, effects: dict[str, float], spec: backbone.Spec) -> prune.Survey:
@@ -148,6 +153,11 @@ def survey_structure(net: nn.Module, effects: dict[str, float], spec: backbone.S
         graph, groups = masks.channel_groups(net, example, backbone.head(net))
     scores = [torch.ones(len(group[0].idxs)) for group in groups]
     return graph, groups, scores, importance.network(net, groups, scores, effects, example)
+
+
+def pictures(preprocessing: Preprocessing) -> Tensor:
+    """Two images, as a network reads them."""
+    return torch.randn(2, *preprocessing.shape)
 
 
 def noise(preprocessing: Preprocessing) -> Iterator[bytes]:

@@ -12,6 +12,7 @@ from flows import artifacts, dvc_bridge
 from flows.production.checkout import adopt, exclusive
 from flows.registry import materials
 from flows.registry.record import Superseded, open_registry
+from flows.rehearsal import rehearse
 from flows.stage import stage
 from tasks.core import config, files, paths, shares
 from tasks.core.errors import StageError, WeighinError
@@ -47,6 +48,7 @@ def retrain(params: str = str(paths.PARAMS), bootstrap: bool = False) -> dict[st
                 paths.DEVICE, content.benchmark.threads
             )  # what `prune` plans with: known before fine-tuning begins
         listing.walk(Path(content.ingest.path))  # DVC would wait for a FIFO for good, for one
+        rehearse(content, get_run_logger().info, budget=content.compress is not None)
         ingest()
         materials.require_hashed(Path.cwd(), Path("dvc.lock").read_bytes())
         validate()

@@ -57,5 +57,7 @@ def test_its_exit_status_is_handed_on(script: str, status: int) -> None:
 
 def test_what_a_program_leaves_running_ends_after_it() -> None:
     held = leash.start(["sh", "-c", "sleep 60 & echo $!"], stdout=subprocess.PIPE)
-    output, _ = held.communicate()
+    assert held.stdout is not None
+    output = held.stdout.read()
+    assert held.wait() == 0
     assert not psutil.pid_exists(int(output))

@@ -138,7 +138,7 @@ def known_structure() -> Iterator[None]:
     """Turns what Torch-Pruning says of a network that it cannot cut into a `StageError`."""
     try:
         yield
-    except (RuntimeError, IndexError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise StageError(f"prune.channels does not know this backbone's structure: {first_line(error)}") from None
 
 

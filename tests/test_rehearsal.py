@@ -1,0 +1,89 @@
+"""A backbone that the stages after fine-tuning cannot take is refused before hours are spent on it, in one sentence."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Repository
+from ruamel.yaml import YAML
+
+from flows import rehearsal
+from tasks.core import config
+from tasks.core.errors import StageError
+from tasks.nets import backbone
+
+CHANNELS = {"blocks": None, "channels": {"ratio": 0.5, "multiple": 8}}
+
+
+def rehearse(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, name: str, prune: dict[str, Any], budget: bool = False
+) -> list[str]:
+    """What is said of the plan for the backbone, in the repository."""
+    repository.params(finetune={"backbone": name, "image_size": 64})
+    path, yaml = repository.root / "params.yaml", YAML(typ="safe")
+    content = yaml.load(path)
+    yaml.dump(content | ({} if budget else {"compress": None, "prune": content["prune"] | prune}), path)
+    (repository.root / "data").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "data/device.json", repository.root / "data")
+    monkeypatch.chdir(repository.root)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    told: list[str] = []
+    rehearsal.rehearse(config.load(Path("params.yaml")), told.append, budget)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("name", "prune", "told"),
+    [
+        (
+            "cs3darknet_focus_s",
+            CHANNELS,
+            r"its channels cannot be removed \(.*\): set prune.channels to null, or ",
+        ),
+        ("mixnet_s", CHANNELS, r"its channels cannot be removed \(.*\): set prune.channels to null, or "),
+        ("convnext_atto", CHANNELS, r"its channels cannot be removed \(.*\): set prune.channels to null, or "),
+        ("lambda_resnet26t", CHANNELS, r"it cannot be made \(RuntimeError: .* rank 4 .*\): choose another backbone"),
+        ("resnet18", {"blocks": {"remove": 9}, "channels": None}, r"^prune.blocks.remove is 9, but resnet18 has \d"),
+        ("resnet99", CHANNELS, "'resnet99' is neither a timm model nor .*; close ones: "),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_a_backbone_that_does_not_suit_is_one_sentence(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, name: str, prune: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(StageError, match=told) as error:
+        rehearse(repository, monkeypatch, name, prune)
+    assert "\n" not in str(error.value)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["ecaresnet26t", "gcresnext26ts"])
+def test_a_backbone_with_which_pruning_comes_to_no_end_is_one_sentence(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(rehearsal, "LIMIT_S", 25.0)
+    with pytest.raises(StageError, match=f"^finetune.backbone '{name}' does not suit, as .* within 25 s.*: .*another"):
+        rehearse(repository, monkeypatch, name, CHANNELS)
+
+
+def test_a_budget_for_a_backbone_that_the_table_lacks_is_one_sentence(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StageError, match=r"the device's table has no .*: `weighin profile` measures"):
+        rehearse(repository, monkeypatch, "resnet18", {}, budget=True)
+
+
+def test_what_has_gone_well_is_not_tried_again_until_it_changes(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = ["trying the plan on an untrained resnet10t"]
+    assert rehearse(repository, monkeypatch, "resnet10t", CHANNELS) == told
+    assert rehearse(repository, monkeypatch, "resnet10t", CHANNELS) == []
+    with pytest.raises(StageError, match=r"^prune.blocks.remove is 99"):
+        rehearse(repository, monkeypatch, "resnet10t", CHANNELS | {"blocks": {"remove": 99}})
+
+
+def test_the_networks_of_our_own_need_no_trial(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(rehearsal.OWN) == set(backbone.CLASSICS)
+    assert rehearse(repository, monkeypatch, "mlp", CHANNELS) == []
