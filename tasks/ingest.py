@@ -7,6 +7,7 @@ which split they go to) is kept in SQLite on disk, so memory does not grow with 
 import csv
 import hashlib
 import io
+import re
 import sqlite3
 import tempfile
 from collections import Counter
@@ -96,6 +97,8 @@ def describe(item: Item, params: config.Ingest, max_side: int) -> dict[str, Any]
     row.update(item.columns)
     row["sha256"] = hashlib.sha256(item.image).hexdigest()
     try:
+        if not item.image:
+            raise ValueError("it is empty, or has no bytes in the table")
         with open_image(item.image) as opened:
             width, height = opened.size
             if max(width, height) > max_side:
@@ -114,7 +117,7 @@ def _describe_pixels(opened: Image.Image, params: config.Ingest) -> dict[str, ob
     """What the manifest says of an image that is decoded, with no more of it in memory than it takes to decode it."""
     facts: dict[str, object] = {"mode": opened.mode, "frames": getattr(opened, "n_frames", 1), "readable": True}
     if opened.mode.startswith("I;16"):
-        facts["white"] = int(opened.getextrema()[1])  # type: ignore[arg-type]
+        facts["white"] = int(np.asarray(opened).max())  # getextrema() does not know all orders of bytes
     facts["transparent"] = opened.has_transparency_data
     image = render(opened, params.background, params.white_level)
     facts.update(width=image.width, height=image.height, perceptual_hash=perceptual_hash(image))
@@ -151,10 +154,10 @@ def perceptual_hash(image: Image.Image) -> str:
 def assign_splits(database: sqlite3.Connection, split: config.Split, seed: int) -> None:
     """Give every distinct image its split in table `image(id, label, pixels, part, own, split)`.
 
-    What has an `own` split keeps it. The others are drawn: within a class, parts are ordered by SHA-256 of seed and
-    name, and cut at the shares of distinct images. A part is a group of images, or an image with its copies: all of
-    it goes to one split, whatever its labels. Splits that some images have of their own are not drawn for others, so
-    these go to train or to what the source lacks.
+    What has an `own` split keeps it, and what has none follows the rest of its part. What is left is drawn: within a
+    class, parts are ordered by SHA-256 of seed and name, and cut at the shares of distinct images. A part is a group of
+    images, or an image with its copies. Splits that some images have of their own are not drawn for others. What is
+    train of its own is drawn from only if all images have splits of their own: for those that the source lacks.
     """
 
     def rank(part: str) -> str:
@@ -162,25 +165,33 @@ def assign_splits(database: sqlite3.Connection, split: config.Split, seed: int) 
 
     database.create_function("rank_of", 1, rank, deterministic=True)
     database.execute("CREATE INDEX by_part ON image(part)")
-    owned = {row[0] for row in database.execute("SELECT DISTINCT own FROM image WHERE own IS NOT NULL")}
+    own = "SELECT DISTINCT own FROM image WHERE pixels IS NOT NULL"
+    owned = {row[0] for row in database.execute(own)}
+    drawn = "own IS NULL" if None in owned else "own = 'train'"
+    database.execute("CREATE TABLE followed (part TEXT PRIMARY KEY, own TEXT) WITHOUT ROWID")
+    named = "SELECT part, MIN(own) FROM image WHERE pixels IS NOT NULL AND own IS NOT NULL GROUP BY part"
+    if None in owned:
+        database.execute(f"INSERT INTO followed {named}")
     database.execute("CREATE TABLE kept (part TEXT PRIMARY KEY, share REAL) WITHOUT ROWID")
     database.execute(
-        """
+        f"""
         INSERT INTO kept
         SELECT part, (SUM(size) OVER (PARTITION BY label ORDER BY rank_of(part)) - size / 2.0)
                      / SUM(size) OVER (PARTITION BY label)
         FROM (SELECT part, MIN(label) AS label, COUNT(DISTINCT pixels) AS size FROM image
-              WHERE pixels IS NOT NULL AND (own IS NULL OR own = 'train') GROUP BY part)
-        """
+              WHERE pixels IS NOT NULL AND {drawn} AND part NOT IN (SELECT part FROM followed) GROUP BY part)
+        """  # noqa: S608
     )
     test = 0.0 if "test" in owned else split.test
     val = 0.0 if "val" in owned else split.val
     database.execute(
-        """
-        UPDATE image SET split = COALESCE(NULLIF(own, 'train'), (
-            SELECT CASE WHEN share < ? THEN 'test' WHEN share < ? THEN 'val' ELSE 'train' END
-            FROM kept WHERE kept.part = image.part))
-        """,
+        f"""
+        UPDATE image SET split = CASE WHEN {drawn} THEN COALESCE(
+            (SELECT own FROM followed WHERE followed.part = image.part),
+            (SELECT CASE WHEN share < ? THEN 'test' WHEN share < ? THEN 'val' ELSE 'train' END
+             FROM kept WHERE kept.part = image.part)) ELSE own END
+        WHERE pixels IS NOT NULL
+        """,  # noqa: S608
         (test, test + val),
     )
 
@@ -190,27 +201,29 @@ def _join_parts(database: sqlite3.Connection) -> None:
     parents: dict[str, str] = {}
 
     def find(name: str) -> str:
-        while parents.setdefault(name, name) != name:
-            name = parents[name]
-        return name
+        root = name
+        while parents.setdefault(root, root) != root:
+            root = parents[root]
+        while parents[name] != root:
+            parents[name], name = root, parents[name]
+        return root
 
-    pairs = database.execute("SELECT DISTINCT pixels, part FROM image WHERE part IS NOT NULL ORDER BY pixels, part")
+    pairs = "SELECT DISTINCT pixels, part FROM image WHERE part IS NOT NULL AND pixels IS NOT NULL ORDER BY 1, 2"
     last: tuple[str, str] | None = None
-    for pixels, part in pairs:
+    for pixels, part in database.execute(pairs):
         if last and last[0] == pixels:
-            first, second = sorted((find(last[1]), find(part)))
-            parents[second] = first
-        last = (pixels, part)
-    database.create_function("part_of", 1, lambda name: f"group {find(name)}", deterministic=True)
+            parents[find(part)] = find(last[1])
+        else:
+            find(part)
+            last = (pixels, part)
     database.execute("CREATE INDEX by_pixels ON image(pixels)")
+    database.execute("CREATE TABLE joined (pixels TEXT PRIMARY KEY, part TEXT) WITHOUT ROWID")
+    groups = database.execute(pairs)
+    database.executemany(
+        "INSERT OR IGNORE INTO joined VALUES (?, ?)", ((pixels, f"group {find(part)}") for pixels, part in groups)
+    )
     database.execute(
-        """
-        UPDATE image SET part = COALESCE(
-            (SELECT part_of(MIN(other.part)) FROM image AS other WHERE other.pixels = image.pixels), pixels)
-        WHERE pixels IS NOT NULL
-        """
-        if last
-        else "UPDATE image SET part = pixels"
+        "UPDATE image SET part = COALESCE((SELECT part FROM joined WHERE joined.pixels = image.pixels), pixels)"
     )
 
 
@@ -235,11 +248,15 @@ def ingest(
         _check(database, params, described)
         _join_parts(database)
         assign_splits(database, params.split, params.seed)
+        kept = database.execute("SELECT COUNT(*) FROM image WHERE own = split AND own IS NOT NULL").fetchone()[0]
+        moved = database.execute("SELECT COUNT(*) FROM image WHERE own <> split").fetchone()[0]
+        facts.update(own_split=kept, moved=moved)
         counts = _write_splits(source, described, database, outputs)
         database.close()
     empty = [name for name in SPLITS if counts[name] == 0]
     if empty:
-        raise StageError(f"{params.path}: the {empty[0]} split is empty; add images or change ingest.split")
+        few = ", or more groups: there are few for the shares" if params.group_column else ""
+        raise StageError(f"{params.path}: the {empty[0]} split is empty; add images{few} or change ingest.split")
     return counts, report(source, facts)
 
 
@@ -256,7 +273,6 @@ def _describe_all(source: Source, max_side: int, database: sqlite3.Connection, t
         )
         facts += Counter(
             images=1,
-            own_split=item.split is not None,
             transparent=bool(row["transparent"]),
             frames=(row["frames"] or 1) > 1,
             sixteen_bits=row["white"] is not None,
@@ -272,6 +288,7 @@ def report(source: Source, facts: Counter[str]) -> dict[str, Any]:
     return {
         "images": facts["images"],
         "with_a_split_of_their_own": facts["own_split"],
+        "drawn_from_train": facts["moved"],
         "passed_over": {why: {"files": len(names), "such_as": names[:SHOWN]} for why, names in passed_over},
         "on_the_background": facts["transparent"],
         "of_more_than_one_frame": facts["frames"],
@@ -304,16 +321,19 @@ def _check(database: sqlite3.Connection, params: config.Ingest, described: Path)
 def _list_unreadable(described: Path) -> str:
     """Write all names and reasons to UNREADABLE; returns the counts by reason and the first names, in words."""
     rows = (row for row in _rows(described) if not row["readable"])
-    names: dict[str, list[str]] = {}
+    kinds: dict[str, list[tuple[str, str]]] = {}  # reasons that differ in a number only are one
     for row in rows:
-        names.setdefault(row["reason"], []).append(row["path"])
+        kinds.setdefault(re.sub(r"\d+", "0", row["reason"]), []).append((row["path"], row["reason"]))
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["path", "reason"])
-    writer.writerows((name, reason) for reason, found in names.items() for name in found)
+    writer.writerows(pair for found in kinds.values() for pair in found)
     files.write_bytes(UNREADABLE, text.getvalue().encode())
-    worst = sorted(names.items(), key=lambda one: -len(one[1]))
-    told = [f"{len(found)} of them: {reason} ({shown(found, len(found))})" for reason, found in worst[:SHOWN]]
+    worst = sorted(kinds.values(), key=lambda found: -len(found))
+    told = [
+        f"{len(found)} of them: {found[0][1]} ({shown([name for name, _ in found], len(found))})"
+        for found in worst[:SHOWN]
+    ]
     return "; ".join(told) + f"; all are in {UNREADABLE}"
 
 
@@ -374,7 +394,12 @@ def tell(found: dict[str, Any]) -> Iterator[str]:
     """What a reader should know of the report, a sentence each."""
     own = found["with_a_split_of_their_own"]
     if own:
-        yield f"{own} of {found['images']} images keep the split that the source has for them"
+        drawn = found["drawn_from_train"]
+        more = f"; {drawn} are drawn from its train for a split that it lacks" if drawn else ""
+        yield f"{own} of {found['images']} images keep the split that the source has for them{more}"
+    if found["matched_rows"]:
+        lonely = ", ".join(f"{count} {what}" for what, count in found["unmatched"].items())
+        yield f"{found['matched_rows']} images have their row in the table; {lonely}"
     if found["on_the_background"]:
         yield f"{found['on_the_background']} images are transparent in part and are put on ingest.background"
     if found["of_more_than_one_frame"]:

@@ -29,6 +29,7 @@ KEYS = {
 SHOWN = 5
 # Of the 256 bits of a perceptual hash: two that differ in fewer bits than there are bands have a band in common.
 BANDS, BAND_BITS = 17, 15
+MOST = 4096  # images with the same band that an image is compared with
 
 
 class Rule(NamedTuple):
@@ -98,23 +99,27 @@ def _look_alikes(images: pd.DataFrame) -> pd.Series:
     hashes = np.array([list(bytes.fromhex(text)) for text in usable["perceptual_hash"]], np.uint8).reshape(-1, 32)
     ranks = usable["split"].map({"train": 0, "val": 1, "test": 2}).fillna(-1).to_numpy(np.int8)
     bits = np.unpackbits(hashes, axis=1)
+    seen = np.zeros(len(usable), bool)
     for band in range(BANDS):
         keys = bits[:, band * BAND_BITS : (band + 1) * BAND_BITS] @ (1 << np.arange(BAND_BITS))
         order = np.argsort(keys, kind="stable")
         for bucket in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
-            for later, earlier in _close_pairs(bucket, hashes, ranks):
-                other = usable.iloc[earlier]
+            for later, earlier in _close_pairs(bucket[~seen[bucket] | (ranks[bucket] < 2)], hashes, ranks, seen):
+                seen[later], other = True, usable.iloc[earlier]
                 found[usable.index[later]] = f"{other['split']}: {other['path']}"
     return found
 
 
-def _close_pairs(bucket: npt.NDArray[np.intp], hashes: Any, ranks: Any) -> Iterator[tuple[int, int]]:
-    """Pairs of positions with close hashes in different splits, that of the higher rank first, one for each."""
+def _close_pairs(bucket: npt.NDArray[np.intp], hashes: Any, ranks: Any, seen: Any) -> Iterator[tuple[int, int]]:
+    """Pairs of positions with close hashes in different splits, that of the higher rank first, one for each.
+
+    Those that were `seen` are not looked at again, nor more than MOST others: where all look alike, the first do.
+    """
     for rank in np.unique(ranks[bucket])[1:]:
-        inner, outer = bucket[ranks[bucket] == rank], bucket[(ranks[bucket] >= 0) & (ranks[bucket] < rank)]
+        inner, outer = bucket[ranks[bucket] == rank], bucket[(ranks[bucket] >= 0) & (ranks[bucket] < rank)][:MOST]
         if not len(outer):
             continue
-        for one in inner:
+        for one in inner[~seen[inner]]:
             close = np.flatnonzero(np.bitwise_count(hashes[outer] ^ hashes[one]).sum(1) < BANDS)
             if len(close):
                 yield int(one), int(outer[close[0]])
@@ -148,7 +153,7 @@ def rules(params: config.Validate, classes: tuple[str, ...], images: int) -> lis
     """All rules on the contents of the `tables`, with so many images."""
     least, most = params.min_side, params.max_side
     few, times, passed = params.min_rows_per_class, params.max_class_imbalance, params.max_passed_over_fraction
-    allowed = 1 - params.max_near_duplicates / max(images, 1) - 1e-12  # a share of all, as Great Expectations counts
+    allowed = max(0, 1 - params.max_near_duplicates / max(images, 1) - 1e-12)  # as Great Expectations counts
     names, one, between = {"value_set": list(classes)}, {"value_set": list(SPLITS)}, "ExpectColumnValuesToBeBetween"
     return [
         Rule("decodable", "warning", "every image can be decoded",

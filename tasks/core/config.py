@@ -101,7 +101,7 @@ class Validate(Section):
     max_side: Count = Field(description="image width and height in pixels, at most; larger ones are not decoded")
     max_passed_over_fraction: Fraction = Field(0.01, description="of the source's files, not taken: more are a warning")
     max_near_duplicates: Annotated[int, Field(ge=0)] = Field(
-        0, description="test images that look like one of train or val: more are a warning"
+        0, description="images of test or val that look like one of another split: more are a warning"
     )
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from tasks.core.errors import StageError
 
 # Folders that programs leave among pictures, with copies or remains of them. Whatever begins with a dot is hidden, too.
 LEFTOVERS = ("__MACOSX", "@eaDir")
+IGNORED = (".git", ".hg")  # by DVC as well
 
 
 class File(NamedTuple):
@@ -32,11 +33,12 @@ class File(NamedTuple):
 
 
 def walk(source: Path) -> list[File]:
-    """Every file of the source, a folder or one file, ordered by name.
+    """Every file of the source, a folder or one file, ordered by name; what git and Mercurial keep is left out.
 
     `StageError` names the first link to a folder, link to nowhere, special file, or name that is not UTF-8.
     """
     if not source.is_dir():
+        _require_file(source)
         return [File(source, normal(source.name))]
     return sorted(_walk(source, ""), key=lambda file: (file.name, os.fsencode(file.path)))
 
@@ -51,12 +53,14 @@ def _walk(folder: Path, prefix: str) -> Iterator[File]:
         for entry in entries:
             path = folder / entry.name
             name = prefix + normal(_readable(entry.name, folder))
+            if entry.name in IGNORED:
+                continue
             if entry.is_dir(follow_symlinks=False):
                 if entry.name == ".dvc":
                     raise StageError(f"{folder} is a DVC project of its own, which DVC passes over: move it out of it")
                 yield from _walk(path, f"{name}/")
                 continue
-            _require_file(path, entry)
+            _require_file(path)
             yield File(path, name)
 
 
@@ -68,11 +72,11 @@ def _readable(name: str, folder: Path) -> str:
     return name
 
 
-def _require_file(path: Path, entry: os.DirEntry[str]) -> None:
+def _require_file(path: Path) -> None:
     try:
-        mode = entry.stat().st_mode  # of what a link leads to
+        mode = path.stat().st_mode  # of what a link leads to
     except OSError:
-        if not entry.is_symlink():
+        if not path.is_symlink():
             raise
         raise StageError(f"{path} is a link to {path.readlink()}, which cannot be reached: remove the link") from None
     if stat.S_ISDIR(mode):

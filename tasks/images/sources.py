@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from tasks.core import config
 from tasks.core.errors import StageError, first_line
@@ -131,10 +131,26 @@ def _split_of(name: str) -> str | None:
     return SPLIT_NAMES.get(name.casefold())
 
 
-def _own_splits(found: Iterable[str | None]) -> bool:
-    """Whether these are the splits of a source that has its own: each part belongs to one, to train and to others."""
-    splits = set(found)
-    return None not in splits and {"train"} < splits
+def _split_in(name: str) -> str | None:
+    """The split that a word in the name of a file or of a folder above it stands for, as in `data/train-0.parquet`."""
+    *folders, last = name.split("/")
+    words = [*re.split(r"[-_.]", last), *reversed(folders)]
+    return next((split for word in words if (split := _split_of(word))), None)
+
+
+def _own_splits(found: Mapping[str, str | None], source: Path) -> bool:
+    """Whether the parts of a source, by name, are its own splits: each belongs to one, to train and to others.
+
+    `StageError` if that is so for some of them only: nobody could say what the others are.
+    """
+    named = {name for name, split in found.items() if split}
+    others = found.keys() - named
+    if named and others and {"train"} < {found[name] for name in named}:
+        raise StageError(
+            f"{source} has {shown(sorted(named), len(named))}, which are named as splits, beside "
+            f"{shown(sorted(others), len(others))}, which belong to none: take them out, or put all images into splits"
+        )
+    return not others and {"train"} < set(found.values())
 
 
 # Folders
@@ -143,10 +159,11 @@ def _own_splits(found: Iterable[str | None]) -> bool:
 def _open_folder(found: list[File], params: config.Ingest, classes: tuple[str, ...]) -> Source:
     source = Path(params.path)
     visible = [one for one in found if not one.hidden]
-    tops = {one.name.split("/")[0] for one in visible if "/" in one.name}
-    by_folder = params.split_column is None and not set(classes) & tops
-    own = by_folder and _own_splits(_split_of(top) for top in tops)
-    tables = [one for one in visible if one.name == (params.table or "") or _is_default_table(one, params, own)]
+    pictures = (one for one in visible if "/" in one.name and one.path.suffix.lower() in image_suffixes())
+    tops = {one.name.split("/")[0]: None for one in pictures}
+    own = params.split_column is None and not set(classes) & set(tops)
+    own = own and _own_splits({top: _split_of(top) for top in tops}, source)
+    tables = _tables(visible, params, own) if _asked(params) else []
     taken: list[File] = []
     passed_over: dict[str, list[str]] = {}
     folders = own + (params.label_column is None)  # so many are above an image at least
@@ -162,9 +179,28 @@ def _open_folder(found: list[File], params: config.Ingest, classes: tuple[str, .
     return _joined(made, tables) if _asked(params) else made
 
 
-def _is_default_table(one: File, params: config.Ingest, own: bool) -> bool:
-    folder, _, name = one.name.rpartition("/")
-    return params.table is None and name in TABLES and (not folder or (own and _split_of(folder) is not None))
+def _tables(visible: list[File], params: config.Ingest, own: bool) -> list[File]:
+    """The table, or those of the splits' folders; `StageError` if there is none."""
+    by_name, place = {one.name: one for one in visible}, Path(params.path)
+    if params.table is not None:
+        name = posixpath.normpath(normal(params.table))
+        if name not in by_name:
+            raise StageError(
+                f"{place / params.table} is no file in {place}, or is hidden: ingest.table is a path in there"
+            )
+        return [by_name[name]]
+    folders = ["", *sorted({one.name.split("/")[0] + "/" for one in visible if own and "/" in one.name})]
+    found = [
+        next((by_name[f"{folder}{name}"] for name in TABLES if f"{folder}{name}" in by_name), None)
+        for folder in folders
+    ]
+    tables = [one for one in found if one]
+    if not tables:
+        raise StageError(
+            f"{place / TABLES[0]} does not exist, but ingest names the column {_asked(params)[0]!r}: it needs "
+            f"{params.file_column} and that"
+        )
+    return tables
 
 
 def _reason_to_pass_over(one: File, folders: int) -> str | None:
@@ -186,8 +222,12 @@ def _is_image(path: Path) -> bool:
     try:
         with Image.open(path, formats=FORMATS):
             return True
-    except (UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError, EOFError):
+    except OSError as error:
+        if error.errno is not None:
+            raise  # of the operating system; Pillow has some without a number
         return False
+    except Exception:
+        return False  # Pillow's decoders raise whatever the bytes lead them to
 
 
 def _no_image(source: Path, visible: list[File], folders: int) -> str:
@@ -211,13 +251,7 @@ def _asked(params: config.Ingest) -> tuple[str, ...]:
 
 def _joined(source: Source, tables: list[File]) -> Source:
     """The source with its tables' rows; `StageError` if too few of images or rows have a partner."""
-    params, place = source.params, Path(source.params.path)
-    if not tables:
-        missing = place / (params.table or TABLES[0])
-        raise StageError(
-            f"{missing} does not exist, but ingest names the column {_asked(params)[0]!r}: it needs "
-            f"{params.file_column} and that"
-        )
+    params = source.params
     rows: dict[str, Row] = {}
     for one in tables:
         folder = one.name.rpartition("/")[0]
@@ -251,13 +285,14 @@ def _read_table(path: Path, params: config.Ingest) -> Iterator[tuple[str, Row]]:
     """The rows of a CSV or JSON Lines file in UTF-8, with the name of the image that each is of."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = _json_rows(file) if path.suffix == ".jsonl" else csv.DictReader(file)
+            rows = list(_json_rows(file)) if path.suffix == ".jsonl" else csv.DictReader(file)
+            if isinstance(rows, csv.DictReader):
+                columns = list(rows.fieldnames or ())
+            else:  # a line may leave out what is null
+                columns = list(dict.fromkeys(name for row in rows for name in row))
+            _require_once({params.file_column, *_asked(params)}, columns, path)
             for number, row in enumerate(rows):
-                missing = {params.file_column, *_asked(params)} - row.keys()
-                if missing:
-                    columns = ", ".join(name for name in row if isinstance(name, str))
-                    raise StageError(f"{path} has no column {min(missing)!r}; its columns are {columns}")
-                name = row[params.file_column]
+                name = row.get(params.file_column)
                 if not name:
                     raise StageError(f"{path}: row {number + 1} has no {params.file_column}")
                 yield str(name), _row(row, params, path)
@@ -278,10 +313,30 @@ def _json_rows(file: IO[str]) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def _require_once(asked: Iterable[str], columns: list[str], path: Path) -> None:
+    missing = set(asked) - set(columns)
+    if missing:
+        raise StageError(f"{path} has no column {min(missing)!r}; its columns are {', '.join(columns) or 'none'}")
+    twice = sorted(name for name in set(asked) if columns.count(name) > 1)
+    if twice:
+        raise StageError(f"{path} has more than one column {twice[0]!r}")
+
+
+def text_of(value: object, where: Path) -> str | None:
+    """A label, split, group or value as text in Unicode's form NFC, without spaces around it; None if nothing is left."""
+    if value is None:
+        return None
+    text = normal(str(value)).strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise StageError(f"{where} has the value {text!a}, which is not Unicode: correct it") from None
+    return text or None
+
+
 def _row(row: Mapping[str, Any], params: config.Ingest, where: Path) -> Row:
     def text(column: str | None) -> str | None:
-        value = row[column] if column else None
-        return None if value is None or value == "" else str(value)
+        return text_of(row.get(column), where) if column else None
 
     return Row(
         text(params.label_column),
@@ -321,8 +376,8 @@ def _of_idx(pairs: tuple[File, ...], classes: tuple[str, ...]) -> Iterator[Item]
 
     The format: https://yann.lecun.com/exdb/mnist (unsigned bytes, big-endian sizes).
     """
-    splits = {one: _split_of(re.split(r"[-_.]", one.name)[0]) for one in pairs}
-    own = _own_splits(splits.values())
+    splits = {one: _split_in(one.name) for one in pairs}
+    own = _own_splits({one.name: split for one, split in splits.items()}, pairs[0].path.parent)
     for one in pairs:
         labels = one.path.with_name(one.path.name.replace("images", "labels").replace("idx3", "idx1"))
         yield from _idx_pair(one.path, labels, classes, splits[one] if own else None)
@@ -376,17 +431,11 @@ def _read(file: IO[bytes], count: int, path: Path, exactly: bool = True) -> byte
 
 def _of_parquet(tables: tuple[File, ...], params: config.Ingest) -> Iterator[Item]:
     """Rows of Parquet files: encoded images as bytes or as {bytes, path}, labels, and the columns that are wanted."""
-    splits = {one: _parquet_split(one) for one in tables}
-    own = params.split_column is None and _own_splits(splits.values())
+    splits = {one: _split_in(one.name) for one in tables}
+    by_name = {one.name: split for one, split in splits.items()}
+    own = params.split_column is None and _own_splits(by_name, Path(params.path))
     for one in tables:
         yield from _of_table(one, params, splits[one] if own else None)
-
-
-def _parquet_split(one: File) -> str | None:
-    """The split that a file belongs to by its own name or that of a folder, as `data/train-00000-of-00001.parquet`."""
-    *folders, last = one.name.split("/")
-    words = [re.split(r"[-_.]", last)[0], *reversed(folders)]
-    return next((split for word in words if (split := _split_of(word))), None)
 
 
 def _of_table(one: File, params: config.Ingest, split: str | None) -> Iterator[Item]:
@@ -417,9 +466,7 @@ def _of_table(one: File, params: config.Ingest, split: str | None) -> Iterator[I
 
 
 def _require_columns(schema: pa.Schema, image: str, asked: tuple[str, ...], path: Path) -> None:
-    missing = set(asked) - set(schema.names)
-    if missing:
-        raise StageError(f"{path} has no column {min(missing)!r}; its columns are {', '.join(schema.names)}")
+    _require_once(asked, schema.names, path)
     kind = schema.field(image).type
     kind = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
@@ -436,12 +483,10 @@ def _class_names(schema: pa.Schema, label: str) -> list[str] | None:
 
 
 def _name_of(label: object, names: list[str] | None, path: Path) -> str | None:
-    if label is None:
-        return None
     if names is None or not isinstance(label, int):
-        return str(label)
+        return text_of(label, path)
     if label == -1:  # how Hugging Face says that there is none
         return None
     if not 0 <= label < len(names):
         raise StageError(f"{path} has the label {label}, for which its schema has no name: it has {len(names)}")
-    return names[label]
+    return text_of(names[label], path)
