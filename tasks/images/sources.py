@@ -323,7 +323,7 @@ def _require_once(asked: Iterable[str], columns: list[str], path: Path) -> None:
 
 
 def text_of(value: object, where: Path) -> str | None:
-    """A label, split, group or value as text in Unicode's form NFC, without spaces around it; None if nothing is left."""
+    """A label, split, group or value as text in Unicode's form NFC, without spaces around; None if nothing is left."""
     if value is None:
         return None
     text = normal(str(value)).strip()
