@@ -24,6 +24,7 @@ from flows.registry.record import Superseded
 from flows.registry.refs import CODE_REFS
 from tasks.core import files, paths
 from tasks.core.errors import ParamsError, RegistryError
+from tasks.gate import SCHEMA_VERSION
 
 pytestmark = pytest.mark.usefixtures("own_git")
 
@@ -438,12 +439,12 @@ def test_nobody_moves_refs_while_a_paused_git_of_ours_may(root: Path, monkeypatc
     assert opened(root).record()[0].version == "v0.2.0"
 
 
-@pytest.mark.parametrize("schema", [None, 1, 2, 4])
+@pytest.mark.parametrize("schema", [None, 1, 2, 3, SCHEMA_VERSION + 1])
 def test_a_verdict_of_another_schema_decides_nothing(root: Path, schema: int | None) -> None:
     """An older judge looked at less: what it would let pass today must face the judge of today."""
     judge(root, 1, good=False, schema_version=schema, passed=True, checks=[PASSED])
     before = refs(root)
-    with pytest.raises(RegistryError, match=r"gate\.json is a verdict of schema \d, not 3: run the pipeline again"):
+    with pytest.raises(RegistryError, match=rf"gate\.json is a verdict of schema \d, not {SCHEMA_VERSION}: run"):
         opened(root).record()
     assert refs(root) == before
 

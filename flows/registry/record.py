@@ -7,6 +7,7 @@ unusable `params.yaml`, which is a `ParamsError`.
 """
 
 import importlib.machinery
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -340,13 +341,15 @@ def _code(root: Path, source: Path) -> Code:
         apart.append(images.relative_to(here).as_posix())
     chosen = ("--", ".", *(f":(exclude,literal){path}" for path in apart))
     # Without the optional lock, git does not refresh the user's index.
-    difference = ("--no-optional-locks", "diff", "--name-only", "--no-renames", "-z", "--relative")
-    changed = git.git(root, *difference, "--diff-filter=a", "HEAD", *chosen)
-    new = git.git(root, *difference, "--diff-filter=A", "HEAD", *chosen)
-    new += "\0" + git.git(root, "ls-files", "--others", "--exclude-standard", "-z", *chosen)
+    status = ("--no-optional-locks", "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all")
+    top = Path(git.git(root, "rev-parse", "--show-toplevel"))
+    entries = [entry for entry in git.git(root, *status, *chosen).split("\0") if entry]
+    names = {entry: os.path.relpath(top / entry[3:], here) for entry in entries}  # git names them from its top
+    new = "\0".join(names[entry] for entry in entries if entry[0] in "?A")
+    changed = [entry for entry in entries if entry[0] not in "?A"]
     # What git ignores among the code is carried all the same, so no commit has it.
     new += "\0" + git.git(root, "ls-files", "--others", "-z", "--", *PACKAGES)
-    return Code(commit=commit, dirty=changed != "" or any(_is_importable(root, Path(name)) for name in new.split("\0")))
+    return Code(commit=commit, dirty=bool(changed) or any(_is_importable(root, Path(name)) for name in new.split("\0")))
 
 
 def _is_importable(root: Path, path: Path) -> bool:
