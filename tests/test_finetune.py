@@ -107,7 +107,14 @@ def test_what_the_stage_leaves(undisturbed: Path) -> None:
     assert described == {
         "backbone": "mlp",
         "classes": list(CLASSES),
-        "preprocessing": {"size": 8, "channels": 1, "mean": [0.0], "std": [1.0]},
+        "preprocessing": {
+            "size": 8,
+            "channels": 1,
+            "mean": [0.0],
+            "std": [1.0],
+            "background": [255, 255, 255],
+            "white_level": 65535,
+        },
         "weights": {"source": "none"},
     }
     assert list((data / "checkpoints").iterdir()) == []
@@ -141,6 +148,7 @@ def test_the_onnx_file_says_what_a_device_needs(undisturbed: Path) -> None:
         "channels": 1,
         "mean": [0.0],
         "std": [1.0],
+        "background": [255, 255, 255],
     }
 
 

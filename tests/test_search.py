@@ -16,7 +16,7 @@ import pytest
 from optuna.trial import TrialState
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from ruamel.yaml import YAML
-from workspace import BIN, FAILED, RECIPE, WAIT_S, Workspace, checkout, wait_for
+from workspace import BIN, RECIPE, WAIT_S, Workspace, checkout, wait_for
 
 from flows import search
 from flows.front import line
@@ -180,7 +180,7 @@ def test_what_is_cut_off_is_tried_again_and_dask_goes_on_with_it(
     workspace, before, found = first
     with cut(workspace, signal.SIGINT) as process:
         _, errors = process.communicate(timeout=WAIT_S)
-        assert process.returncode == FAILED, errors
+        assert process.returncode == 128 + signal.SIGINT, errors
         assert "error: interrupted" in errors
         assert "Running stage 'quantize'" not in errors
         assert (at_work(workspace), folders(workspace)) == ([], [])

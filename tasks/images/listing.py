@@ -38,6 +38,8 @@ def walk(source: Path) -> list[File]:
     `StageError` names the first link to a folder, link to nowhere, special file, or name that is not UTF-8.
     """
     if not source.is_dir():
+        if not (source.exists() or source.is_symlink()):
+            raise StageError(f"{source} does not exist: set ingest.path in params.yaml to the source")
         _require_file(source)
         return [File(source, normal(source.name))]
     return sorted(_walk(source, ""), key=lambda file: (file.name, os.fsencode(file.path)))
