@@ -1,6 +1,9 @@
 """Pictures and sources of them for the tests, and what ingest makes of a source."""
 
+import csv
 import io
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +63,15 @@ def refusal(params: config.Ingest, outputs: Path) -> str:
         ingested(params, outputs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write the rows as JSON Lines or as CSV, as the file's name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,6 +1,5 @@
 """Sources as people have them: which files are taken, how labels, splits and groups are found, and which pixels."""
 
-import csv
 import json
 import os
 import socket
@@ -20,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pictures import CLASSES, MAX_SIDE, SPLITS, encoded, folder, ingested, noise, parameters, put, refusal
+from pictures import CLASSES, MAX_SIDE, SPLITS, encoded, folder, ingested, noise, parameters, put, refusal, table
 from PIL import Image, ImageCms
 
 from tasks.core import config
@@ -194,17 +193,6 @@ def test_too_many_unreadable_files_are_counted_by_reason_with_their_first_names(
 
 
 # Tables, labels, splits and groups
-
-
-def table(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 NAMES = [f"{label}/{index:03}.png" for label in CLASSES for index in range(20)]

@@ -64,9 +64,8 @@ def audit(
                 check_working_copy(root, link, outputs, reader, report)
             links.append(link)
             made[commit] = outputs
-    if not any(link.decision.model == model for link in links) and not report.findings:
-        known = ", ".join(sorted({link.decision.model for link in links}))
-        raise RegistryError(f"the registry has no decision on {model}; it has decisions on: {known}")
+    if not report.findings:
+        _require_decided(model, links)
     report.decisions = len(links)
     _check_unsigned(links, trusted, report)
     is_whole = len(links) == len(walked) and bool(links) and links[-1].decision.previous is None
@@ -82,6 +81,12 @@ def audit(
     if remote:
         check_remote(root, remote, found, walked, tuple(standings), report)
     return report
+
+
+def _require_decided(model: str, links: list[Link]) -> None:
+    known = {link.decision.model for link in links}
+    if model not in known:
+        raise RegistryError(f"the registry has no decision on {model}; it has decisions on: {', '.join(sorted(known))}")
 
 
 def _read_trusted(root: Path, report: Report) -> tuple[keys.TrustedKey, ...]:

@@ -7,7 +7,6 @@ ends with status 1 if one of them did not come to a decision. About a minute eac
 """
 
 import argparse
-import csv
 import io
 import json
 import sys
@@ -26,6 +25,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from pictures import put, table
 from workspace import PROMOTED, Workspace, checkout, own_git, server
 
 from tasks.core import files, paths
@@ -61,22 +61,6 @@ def digits() -> list[Digit]:
     return made
 
 
-def put(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-
-
-def table(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 Changes = dict[str, Any]  # of `ingest` in the recipe
 
 
@@ -102,14 +86,14 @@ def train_and_test_folders(root: Path, found: list[Digit]) -> Changes:
 def class_folders_with_splits(root: Path, found: list[Digit]) -> Changes:
     class_folders(root, found)
     rows = [{"file_name": f"{WORDS[one.label]}/{one.number}.png", "fold": one.split} for one in found]
-    table(root / "metadata.csv", rows)  # type: ignore[arg-type]
+    table(root / "metadata.csv", rows)
     return {"split_column": "fold"}
 
 
 def class_folders_with_groups(root: Path, found: list[Digit]) -> Changes:
     class_folders(root, found)
     rows = [{"file_name": f"./{WORDS[one.label]}/{one.number}.png", "writer": one.writer} for one in found]
-    table(root / "metadata.csv", rows)  # type: ignore[arg-type]
+    table(root / "metadata.csv", rows)
     return {"group_column": "writer"}
 
 
@@ -117,7 +101,7 @@ def flat_folder(root: Path, found: list[Digit]) -> Changes:
     for one in found:
         put(root / "images" / f"{one.number}.png", one.png)
     rows = [{"path": f"images/{one.number}.png", "digit": WORDS[one.label], "split": one.split} for one in found]
-    table(root / "labels.csv", rows)  # type: ignore[arg-type]
+    table(root / "labels.csv", rows)
     return {"table": "labels.csv", "file_column": "path", "label_column": "digit", "split_column": "split"}
 
 
@@ -128,7 +112,7 @@ def hugging_face_folder(root: Path, found: list[Digit]) -> Changes:
         for one in part:
             put(folder / f"{one.number}.png", one.png)
         rows = [{"file_name": f"{one.number}.png", "label": WORDS[one.label]} for one in part]
-        table(folder / "metadata.jsonl", rows)  # type: ignore[arg-type]
+        table(folder / "metadata.jsonl", rows)
     return {"label_column": "label"}
 
 
