@@ -5,6 +5,7 @@ Each function imports DVC when it is called, which takes half a second.
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -14,8 +15,8 @@ from typing import IO, Any, TypeVar
 
 from flows import leash
 from tasks.core import files, quiet
-from tasks.core.errors import RegistryError, StageError
-from tasks.core.paths import DEVICE
+from tasks.core.errors import SMALLER, RegistryError, StageError
+from tasks.core.paths import DEVICE, PARAMS
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -36,6 +37,7 @@ HINTS = (
     "Use `dvc push`",
 )
 BUSY = ("Unable to acquire lock", "it is being blocked by")  # DVC has no exit status of its own for this
+KILLED = re.compile(r"failed to run: python -m tasks\.(?P<stage>\w+), exited with (?:-9|137)\b")
 CACHED = "is cached - skipping run"
 
 
@@ -145,7 +147,14 @@ def command(
 
 
 def reason(lines: list[str]) -> str:
-    """The sentence that a stage prints when it cannot go on, or else the last line that says anything."""
+    """The sentence that a stage prints when it cannot go on, or else the last line that says anything.
+
+    A stage that was killed could not print any.
+    """
+    killed = next((stage for line in lines if (stage := KILLED.search(line))), None)
+    if killed:
+        sizes = SMALLER.get(killed["stage"], "finetune.image_size")
+        return f"it was killed, as the kernel does where memory runs out: then lower {sizes} in {PARAMS}"
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return told[-1] if told else next((line for line in reversed(lines) if line.strip()), "it ended without a word")
 

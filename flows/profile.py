@@ -125,7 +125,7 @@ def make_untrained(params: config.Params, images: int = IMAGES) -> tuple[nn.Modu
     name = params.finetune.backbone
     preprocessing = backbone.preprocessing(name, params.finetune.image_size)
     torch.manual_seed(0)
-    net = backbone.create(name, len(params.classes), preprocessing)
+    net = backbone.create(name, len(config.class_names(params)), preprocessing)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -142,7 +142,7 @@ def describe(params: config.Params, preprocessing: Preprocessing) -> backbone.Sp
     """What the untrained backbone is."""
     name = params.finetune.backbone
     return backbone.Spec(
-        backbone=name, classes=params.classes, preprocessing=preprocessing, weights={"source": "random"}
+        backbone=name, classes=config.class_names(params), preprocessing=preprocessing, weights={"source": "random"}
     )
 
 

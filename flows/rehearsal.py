@@ -73,7 +73,7 @@ def _identity(params: config.Params, budget: bool) -> str:
     tried = {
         "backbone": params.finetune.backbone,
         "image size": str(params.finetune.image_size),
-        "classes": str(len(params.classes)),
+        "classes": str(len(config.class_names(params))),
         "prune": repr((params.prune.blocks, params.prune.channels)),
         "table": files.sha256(paths.DEVICE) if budget and paths.DEVICE.exists() else "",
     }
@@ -98,7 +98,7 @@ def main(budget: bool) -> None:
     name, blocks, channels = params.finetune.backbone, params.prune.blocks, params.prune.channels
     preprocessing = backbone.preprocessing(name, params.finetune.image_size)
     with _step(name, "making"):
-        net = backbone.create(name, len(params.classes), preprocessing)
+        net = backbone.create(name, len(config.class_names(params)), preprocessing)
     backbone.check_size(net, profile.describe(params, preprocessing))
     with _step(name, "making"):
         net, spec, effects = profile.make_untrained(params, images=2)

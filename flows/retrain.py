@@ -47,12 +47,7 @@ def retrain(params: str = str(paths.PARAMS), bootstrap: bool = False) -> dict[st
             costs.read(
                 paths.DEVICE, content.benchmark.threads
             )  # what `prune` plans with: known before fine-tuning begins
-        listing.walk(Path(content.ingest.path))  # DVC would wait for a FIFO for good, for one
-        rehearse(content, get_run_logger().info, budget=content.compress is not None)
-        ingest()
-        materials.require_hashed(Path.cwd(), Path("dvc.lock").read_bytes())
-        validate()
-        accept_data()
+        prepare(content, budget=content.compress is not None)
         if content.finetune.weights.source == "production":
             start()
         finetune()
@@ -69,6 +64,21 @@ def retrain(params: str = str(paths.PARAMS), bootstrap: bool = False) -> dict[st
                 get_run_logger().info("superseded: %s", lost)
 
 
+def prepare(params: config.Params, budget: bool) -> None:
+    """Bring the data up to date and accept them; the plan is tried first, or once the classes are known."""
+    say = get_run_logger().info
+    listing.walk(Path(params.ingest.path))  # DVC would wait for a FIFO for good, for one
+    if params.classes:
+        rehearse(params, say, budget)
+    splits()
+    ingest()
+    materials.require_hashed(Path.cwd(), Path("dvc.lock").read_bytes())
+    validate()
+    accept_data()
+    if not params.classes:
+        rehearse(params, say, budget)
+
+
 @task(name="accept data", task_run_name="accept data")
 def accept_data() -> None:
     """Show the data verdict; `StageError` if a critical expectation failed."""
@@ -78,6 +88,15 @@ def accept_data() -> None:
     if failed or verdict["passed"] is not True:
         more = f" ({len(failed) - 1} more in {paths.report('validate')})" if len(failed) > 1 else ""
         raise StageError(f"validate: {(failed or ['the data did not pass'])[0]}{more}")
+
+
+@task(name="splits", task_run_name="splits")
+def splits() -> None:
+    """Lay the splits of earlier runs' images in data/splits, so that `ingest` keeps them."""
+    say, weights = get_run_logger().info, config.load().finetune.weights
+    is_current = paths.KNOWN_SPLITS.exists() and dvc_bridge.is_current("ingest", say)
+    if open_registry(Path.cwd()).lay_splits(weights.model, is_current=is_current):
+        say("splits: those of earlier runs are kept")
 
 
 @task(name="start", task_run_name="start")

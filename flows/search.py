@@ -21,8 +21,7 @@ from ruamel.yaml import YAML
 from flows import artifacts, front
 from flows.front import FOLDER
 from flows.production.checkout import adopt, exclusive
-from flows.rehearsal import rehearse
-from flows.retrain import accept_data, finetune, hide_user_error_tracebacks, ingest, validate
+from flows.retrain import finetune, hide_user_error_tracebacks, prepare
 from flows.trial import STAGES, Result, end, sweep, trial
 from tasks.budget import allocation, costs
 from tasks.core import config, files, paths
@@ -48,10 +47,7 @@ def search(params: str = str(paths.PARAMS), trials: int = 20, workers: int = 1) 
         with exclusive(say):
             adopt(Path(params))
             costs.read(paths.DEVICE, config.load().benchmark.threads)  # an hour before a trial would say so
-            rehearse(config.load(), say, budget=True)
-            ingest()
-            validate()
-            accept_data()
+            prepare(config.load(), budget=True)
             finetune()
             content = snapshot()
         sweep(Path.cwd())

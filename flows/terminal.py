@@ -133,6 +133,8 @@ def verdict(content: "Verdict") -> None:
             _say(f"   would pass: {remedy}")
     for column, slices in content.slices.items():
         _console().print(_slices(column, slices))
+    if len(content.test_parts) > 1 and "test_part" not in content.slices:
+        _console().print(_slices("test images", content.test_parts))
     _say(f"gate: {gate.sentence(content)}")
 
 
@@ -165,6 +167,8 @@ def audit(report: "Report") -> None:
         _say((one.decision, colour), f": {one.file}")
         _say(f"  expected {one.expected}")
         _say(f"  found    {one.found}")
+    for line in report.erased:
+        _say(line)
     _say(summarize(report))
 
 
@@ -212,3 +216,5 @@ def uses(rows: list[dict[str, str]]) -> None:
     for row in rows:
         table.add_row(row["decision"], row["outcome"], _line(row["path"]), row["split"])
     _console().print(table)
+    for pixels in sorted({row["pixels_sha256"] for row in rows if row["pixels_sha256"]}):
+        _say(f"pixels_sha256 {pixels}")

@@ -50,7 +50,10 @@ def answers(model: Path, test: Path, threads: int) -> list[str]:
 
 
 def accuracy(actual: list[str], predicted: list[str], classes: tuple[str, ...]) -> dict[str, Any]:
-    """`top1`, `class_recall` and the `confusion` matrix (rows: true class); an answer outside `classes` is wrong."""
+    """`top1`, `balanced_accuracy`, `macro_f1`, `class_recall` and the `confusion` matrix (rows: true class).
+
+    An answer outside `classes` is wrong. The means are what scikit-learn calls balanced_accuracy_score and f1_score.
+    """
     codes = {name: code for code, name in enumerate(classes)}
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     for truth, answer in zip(actual, predicted, strict=True):
@@ -58,7 +61,16 @@ def accuracy(actual: list[str], predicted: list[str], classes: tuple[str, ...]) 
             confusion[codes[truth], codes[answer]] += 1
     counts = Counter(actual)
     recall = {name: float(confusion[i, i] / counts[name]) if counts[name] else None for name, i in codes.items()}
-    return {"top1": float(confusion.trace() / len(actual)), "class_recall": recall, "confusion": confusion.tolist()}
+    right, true, answered = confusion.diagonal(), np.asarray([counts[name] for name in classes]), confusion.sum(0)
+    looked_at = true + answered > 0
+    f1 = 2 * right[looked_at] / (true + answered)[looked_at]
+    return {
+        "top1": float(confusion.trace() / len(actual)),
+        "balanced_accuracy": float(np.mean(right[true > 0] / true[true > 0])),
+        "macro_f1": float(f1.mean()),
+        "class_recall": recall,
+        "confusion": confusion.tolist(),
+    }
 
 
 def golden_of(model: Path, test: Path, threads: int) -> golden.Arrays:
@@ -153,6 +165,8 @@ def benchmark(
         profile=profile.model_dump(),
         machine={"processor": machine.processor(), "system": platform.system(), "onnxruntime": ort.__version__},
         data_sha256=files.sha256(test),
+        classes=classes,
+        champion_classes=session.description(session.open_session(champion, 1))[1] if champion else None,
         champion=entries.pop(CHAMPION, None),
         float32=latency(times[FLOAT32]),
         stages=entries,
@@ -179,7 +193,7 @@ def main() -> None:
     params = config.load()
     models = {name: paths.onnx(name) for name in WEIGHED}
     champion = paths.CHAMPION_MODEL if paths.CHAMPION_MODEL.exists() else None
-    report, predictions = benchmark(models, champion, paths.TEST, params.benchmark, params.classes)
+    report, predictions = benchmark(models, champion, paths.TEST, params.benchmark, config.class_names(params))
     if files.unpack(paths.PACKED) != models["reduce"].read_bytes():
         raise StageError(f"{paths.PACKED} does not unpack to {models['reduce']}: run reduce again")
     reduced = report.stages["reduce"].model_copy(update={"zst_bytes": paths.PACKED.stat().st_size})

@@ -49,7 +49,8 @@ def start(params: config.Params) -> tuple[nn.Module, Spec]:
     preprocessing = backbone.preprocessing(
         wanted.backbone, wanted.image_size, background=params.ingest.background, white_level=params.ingest.white_level
     )
-    spec = Spec(backbone=wanted.backbone, classes=params.classes, preprocessing=preprocessing, weights=origin)
+    classes = config.class_names(params)
+    spec = Spec(backbone=wanted.backbone, classes=classes, preprocessing=preprocessing, weights=origin)
     net = backbone.pretrained(wanted, spec, production)
     backbone.check_size(net, spec)
     return net, spec

@@ -24,7 +24,8 @@ from tasks.core import config, files, noninferiority, paths, shares
 from tasks.core.errors import StageError, run
 from tasks.runtime import probe
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+TEST_PART = "test_part"  # the column that tells images that came with the last growth from those of before
 NONE = "bootstrap"  # what stands for the champion where there is none yet, and that is allowed
 
 Operator = Literal[">", ">=", "<=", "=="]
@@ -84,6 +85,15 @@ class SliceResult(BaseModel):
     difference: Difference | None = None  # to the champion, if there is one
 
 
+class ClassChange(BaseModel):
+    """What is different in what the model can answer, against the champion."""
+
+    model_config = ConfigDict(frozen=True)
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
 class Verdict(BaseModel):
     """The gate's verdict, as `gate.json` has it: whether it passed, each check, and the numbers behind them."""
 
@@ -98,7 +108,9 @@ class Verdict(BaseModel):
     code_sha256: str
     champion: JsonValue
     comparison: Comparison | None
+    class_change: ClassChange | None  # None if the classes are the champion's, or there is none
     slices: dict[str, list[SliceResult]]
+    test_parts: list[SliceResult]  # frozen and new: what was tested on before, and what came with the last growth
     infra: JsonValue
 
     def to_json(self) -> dict[str, Any]:
@@ -178,6 +190,7 @@ def gate(
     checks = [
         *_same_files(evidence, table),
         *_thresholds(evidence.report, limits),
+        *_balanced(table, limits, classes),
         *_against_champion(evidence, compared, limits),
         *(one for column, found in slices.items() for one in _slices(column, found, limits.slices[column], compared)),
         *infra_checks(evidence.infra, limits.max_golden_difference),
@@ -189,7 +202,9 @@ def gate(
         **evidence.judged._asdict(),
         champion=evidence.champion,
         comparison=compared,
+        class_change=_class_change(evidence.report),
         slices=slices,
+        test_parts=slice_by(TEST_PART, table, config.Slice(min_top1=0), limits, classes),
         infra=evidence.infra,
     )
 
@@ -259,7 +274,8 @@ def slice_by(
     name = "actual" if column == "label" else column
     if not table or name not in table[0]:
         return []
-    values = classes if column == "label" else tuple(sorted({row[name] for row in table}))
+    found = {row[name] for row in table}
+    values = (*classes, *sorted(found - {*classes})) if column == "label" else tuple(sorted(found))
     return [_slice(value, [row for row in table if row[name] == value], limit, limits) for value in values]
 
 
@@ -301,6 +317,40 @@ def _thresholds(report: object, limits: config.Gate) -> Iterator[Check]:
     yield check("latency_ratio", ratio(first, last), "<=", limits.max_latency_ratio)
     if limits.max_latency_ms is not None:
         yield check("latency_ms", amount(at(last, "latency_p50_ms")), "<=", limits.max_latency_ms)
+
+
+def _balanced(table: Table, limits: config.Gate, classes: tuple[str, ...]) -> Iterator[Check]:
+    """Counted from the predictions; a class without images fails."""
+    if limits.min_balanced_accuracy is None:
+        return
+    right = _right(table, "predicted")
+    labels = dict.fromkeys((*classes, *(row["actual"] for row in table)))
+    recalls = [right[[row["actual"] == name for row in table]] for name in labels] if table else []
+    usable = bool(recalls) and all(len(one) for one in recalls)
+    mean = float(np.mean([one.mean() for one in recalls])) if usable else None
+    yield check("balanced_accuracy", mean, ">=", limits.min_balanced_accuracy)
+
+
+def _class_change(report: object) -> ClassChange | None:
+    ours, theirs = (_names(at(report, key)) for key in ("classes", "champion_classes"))
+    if not ours or not theirs or set(ours) == set(theirs):
+        return None
+    return ClassChange(
+        added=tuple(name for name in ours if name not in theirs),
+        removed=tuple(name for name in theirs if name not in ours),
+    )
+
+
+def _names(value: object) -> tuple[str, ...]:
+    return tuple(value) if isinstance(value, list) and all(isinstance(name, str) for name in value) else ()
+
+
+def classes_of(declared: object, report: object) -> tuple[str, ...]:
+    """The classes that params.yaml lists or, where it leaves them to the data, those that the benchmark names.
+
+    None at all if it names none; then nothing passes that looks at classes.
+    """
+    return tuple(declared) if isinstance(declared, list | tuple) else _names(at(report, "classes"))
 
 
 def _against_champion(evidence: Evidence, compared: Comparison | None, limits: config.Gate) -> Iterator[Check]:
@@ -375,6 +425,7 @@ MEANINGS = {
     "packed_sha256": "the packed file is the one that the benchmark unpacked to the model",
     "top1_of_predictions": "the predictions, counted again, give the top-1 of the report",
     "top1": "top-1 on the test split",
+    "balanced_accuracy": "mean over the classes of the share of their test images that is right",
     "top1_drop": "top-1 lost against the fine-tuned fp32 model",
     "size_bytes": "bytes of the file",
     "zst_bytes": "bytes of the file packed by Zstandard",
@@ -445,7 +496,13 @@ def sentence(verdict: Verdict) -> str:
         return "refused: " + "; ".join(map(reason, failed))
     compared = verdict.comparison
     given = f", with accuracy traded within a margin of {compared.margin:g}" if compared and compared.traded else ""
-    return f"makes weight: all {len(verdict.checks)} checks passed{given}"
+    return f"makes weight: all {len(verdict.checks)} checks passed{given}{_told_classes(verdict.class_change)}"
+
+
+def _told_classes(change: ClassChange | None) -> str:
+    added, removed = (", ".join(names) for names in (change.added, change.removed)) if change else ("", "")
+    told = [f"with {added}, which the champion cannot answer"] if added else []
+    return "".join(f"; {one}" for one in [*told, *([f"without {removed}, which it can"] if removed else [])])
 
 
 def reason(one: Check) -> str:
@@ -491,7 +548,7 @@ def confirm(params: config.Params) -> Verdict:
     path = paths.report("gate")
     recorded, verdict, now = files.read_json(path), read(path), evidence(params.benchmark)
     # Another processor may give another last bit, so the fresh process has to pass, not to be the same once more.
-    again = gate(now._replace(infra=verdict.infra), params.gate, params.classes)
+    again = gate(now._replace(infra=verdict.infra), params.gate, classes_of(params.classes, now.report))
     fails = [reason(one) for one in infra_checks(now.infra, params.gate.max_golden_difference) if not one.passed]
     if json.loads(json.dumps(again.to_json())) != recorded or (verdict.passed and fails):
         anew = "`dvc repro --force --single-item gate` judges anew"
@@ -510,7 +567,8 @@ def read(path: Path) -> Verdict:
 
 def main() -> None:
     params = config.load()
-    verdict = gate(evidence(params.benchmark), params.gate, params.classes)
+    found = evidence(params.benchmark)
+    verdict = gate(found, params.gate, classes_of(params.classes, found.report))
     files.write_json(paths.report("gate"), verdict.to_json())
     print(f"gate: {sentence(verdict)}")
 

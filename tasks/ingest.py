@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -24,6 +25,8 @@ from PIL import Image
 from tasks.core import config, files, paths
 from tasks.core.errors import StageError, run
 from tasks.core.progress import track
+from tasks.images import ledger
+from tasks.images.assignment import Assignment
 from tasks.images.listing import walk
 from tasks.images.preprocessing import open_image, render
 from tasks.images.sources import SHOWN, SPLITS, Item, Source, open_source, shown
@@ -31,7 +34,13 @@ from tasks.images.sources import SHOWN, SPLITS, Item, Source, open_source, shown
 ROWS_PER_GROUP = 512
 BYTES_PER_GROUP = 8 * 2**20
 ROWS_AT_ONCE = 256  # of pixels
+MOST_PIXELS = 0.999
 UNREADABLE = paths.REPORTS / "unreadable.csv"
+TEST_PART, FROZEN, NEW = (
+    "test_part",
+    "frozen",
+    "new",
+)  # a column of test: what came with the ledger's last growth is new
 
 IMAGES = pa.schema([("image", pa.binary()), ("label", pa.string()), ("path", pa.string()), ("sha256", pa.string())])
 MANIFEST = pa.schema(
@@ -43,7 +52,7 @@ MANIFEST = pa.schema(
         ("mode", pa.string()),
         ("frames", pa.int32()),  # of an animation or a file of several pages; the first is taken
         ("transparent", pa.bool_()),  # in part, so that the background shows
-        ("white", pa.int32()),  # the largest value of a file with 16 bits
+        ("white", pa.int32()),  # of a file with 16 bits: what MOST_PIXELS are at most
         ("bytes", pa.int64()),
         ("sha256", pa.string()),
         ("pixels_sha256", pa.string()),
@@ -52,7 +61,7 @@ MANIFEST = pa.schema(
         ("split", pa.string()),
         ("mean", pa.float64()),
         ("std", pa.float64()),  # of each channel around its own mean, so 0 where all pixels are of one colour
-        ("readable", pa.bool_()),
+        ("readable", pa.bool_()),  # false for all that is set aside
         ("reason", pa.string()),
     ]
 )
@@ -117,7 +126,7 @@ def _describe_pixels(opened: Image.Image, params: config.Ingest) -> dict[str, ob
     """What the manifest says of an image that is decoded, with no more of it in memory than it takes to decode it."""
     facts: dict[str, object] = {"mode": opened.mode, "frames": getattr(opened, "n_frames", 1), "readable": True}
     if opened.mode.startswith("I;16"):
-        facts["white"] = int(np.asarray(opened).max())  # getextrema() does not know all orders of bytes
+        facts["white"] = _white(np.asarray(opened))
     facts["transparent"] = opened.has_transparency_data
     image = render(opened, params.background, params.white_level)
     facts.update(width=image.width, height=image.height, perceptual_hash=perceptual_hash(image))
@@ -128,6 +137,14 @@ def _describe_pixels(opened: Image.Image, params: config.Ingest) -> dict[str, ob
         hashed.update(pixels.crop((0, top, pixels.width, min(top + ROWS_AT_ONCE, pixels.height))).tobytes())
     facts["pixels_sha256"] = hashed.hexdigest()
     return facts
+
+
+def _white(pixels: npt.NDArray[np.uint16]) -> int:
+    """The value that MOST_PIXELS do not exceed; a few may be defects of the sensor."""
+    counts = np.zeros(2**16, np.int64)
+    for top in range(0, len(pixels), ROWS_AT_ONCE):
+        counts += np.bincount(pixels[top : top + ROWS_AT_ONCE].ravel(), minlength=2**16)
+    return int(np.searchsorted(counts.cumsum(), MOST_PIXELS * pixels.size))
 
 
 def _moments(image: Image.Image) -> tuple[float, float]:
@@ -151,126 +168,50 @@ def perceptual_hash(image: Image.Image) -> str:
     return str(imagehash.phash(image, hash_size=16))
 
 
-def assign_splits(database: sqlite3.Connection, split: config.Split, seed: int) -> None:
-    """Give every distinct image its split in table `image(id, label, pixels, part, own, split)`.
-
-    What has an `own` split keeps it, and what has none follows the rest of its part. What is left is drawn: within a
-    class, parts are ordered by SHA-256 of seed and name, and cut at the shares of distinct images. A part is a group of
-    images, or an image with its copies. Splits that some images have of their own are not drawn for others. What is
-    train of its own is drawn from only if all images have splits of their own: for those that the source lacks.
-    """
-
-    def rank(part: str) -> str:
-        return hashlib.sha256(f"{seed}:{part}".encode()).hexdigest()
-
-    database.create_function("rank_of", 1, rank, deterministic=True)
-    database.execute("CREATE INDEX by_part ON image(part)")
-    own = "SELECT DISTINCT own FROM image WHERE pixels IS NOT NULL"
-    owned = {row[0] for row in database.execute(own)}
-    drawn = "own IS NULL" if None in owned else "own = 'train'"
-    database.execute("CREATE TABLE followed (part TEXT PRIMARY KEY, own TEXT) WITHOUT ROWID")
-    named = "SELECT part, MIN(own) FROM image WHERE pixels IS NOT NULL AND own IS NOT NULL GROUP BY part"
-    if None in owned:
-        database.execute(f"INSERT INTO followed {named}")
-    database.execute("CREATE TABLE kept (part TEXT PRIMARY KEY, share REAL) WITHOUT ROWID")
-    database.execute(
-        f"""
-        INSERT INTO kept
-        SELECT part, (SUM(size) OVER (PARTITION BY label ORDER BY rank_of(part)) - size / 2.0)
-                     / SUM(size) OVER (PARTITION BY label)
-        FROM (SELECT part, MIN(label) AS label, COUNT(DISTINCT pixels) AS size FROM image
-              WHERE pixels IS NOT NULL AND {drawn} AND part NOT IN (SELECT part FROM followed) GROUP BY part)
-        """  # noqa: S608
-    )
-    test = 0.0 if "test" in owned else split.test
-    val = 0.0 if "val" in owned else split.val
-    database.execute(
-        f"""
-        UPDATE image SET split = CASE WHEN {drawn} THEN COALESCE(
-            (SELECT own FROM followed WHERE followed.part = image.part),
-            (SELECT CASE WHEN share < ? THEN 'test' WHEN share < ? THEN 'val' ELSE 'train' END
-             FROM kept WHERE kept.part = image.part)) ELSE own END
-        WHERE pixels IS NOT NULL
-        """,  # noqa: S608
-        (test, test + val),
-    )
-
-
-def _join_parts(database: sqlite3.Connection) -> None:
-    """Name the part of each image: its group, with all groups that share pixels with it, or its pixels."""
-    parents: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        root = name
-        while parents.setdefault(root, root) != root:
-            root = parents[root]
-        while parents[name] != root:
-            parents[name], name = root, parents[name]
-        return root
-
-    pairs = "SELECT DISTINCT pixels, part FROM image WHERE part IS NOT NULL AND pixels IS NOT NULL ORDER BY 1, 2"
-    last: tuple[str, str] | None = None
-    for pixels, part in database.execute(pairs):
-        if last and last[0] == pixels:
-            parents[find(part)] = find(last[1])
-        else:
-            find(part)
-            last = (pixels, part)
-    database.execute("CREATE INDEX by_pixels ON image(pixels)")
-    database.execute("CREATE TABLE joined (pixels TEXT PRIMARY KEY, part TEXT) WITHOUT ROWID")
-    groups = database.execute(pairs)
-    database.executemany(
-        "INSERT OR IGNORE INTO joined VALUES (?, ?)", ((pixels, f"group {find(part)}") for pixels, part in groups)
-    )
-    database.execute(
-        "UPDATE image SET part = COALESCE((SELECT part FROM joined WHERE joined.pixels = image.pixels), pixels)"
-    )
-
-
 def ingest(
-    params: config.Ingest, classes: tuple[str, ...], max_side: int, outputs: dict[str, Path]
+    params: config.Ingest,
+    classes: tuple[str, ...] | None,
+    max_side: int,
+    outputs: dict[str, Path],
+    known: pa.Table = ledger.EMPTY,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Read the source twice, once to know every image, once to write each to its split.
 
-    `outputs` has a Parquet path for each split and for `manifest`. Returns the number of images in each split and of
-    the quarantined ones under `corrupt`, and the report: what of the source was taken, and how.
+    `outputs` has a Parquet path for each split, for `manifest` and for `ledger`; `known` is the ledger that this one
+    grows from. Without `classes` they are those that the source has. Returns the number of images in each split and of
+    those set aside under `aside`, and the report: what of the source was taken, and how. `StageError` if there is
+    nothing to train with.
     """
-    source = open_source(params, classes)
+    source = open_source(params, classes or ())
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
         database = sqlite3.connect(Path(scratch) / "images.sqlite", isolation_level=None)
         database.execute("PRAGMA synchronous = OFF")
-        database.execute(
-            "CREATE TABLE image (id INTEGER PRIMARY KEY, label TEXT, pixels TEXT, part TEXT, own TEXT, split TEXT)"
-        )
+        assignment = Assignment(database, known, params.erased)
         described = Path(scratch) / "described.parquet"
         with Table(described, MANIFEST, params.columns) as table:
-            facts = _describe_all(source, max_side, database, table)
-        _check(database, params, described)
-        _join_parts(database)
-        assign_splits(database, params.split, params.seed)
-        kept = database.execute("SELECT COUNT(*) FROM image WHERE own = split AND own IS NOT NULL").fetchone()[0]
-        moved = database.execute("SELECT COUNT(*) FROM image WHERE own <> split").fetchone()[0]
-        facts.update(own_split=kept, moved=moved)
-        counts = _write_splits(source, described, database, outputs)
+            facts = _describe_all(source, max_side, assignment, table)
+        _check(assignment, params, described)
+        assignment.assign(params.split, params.seed)
+        _check_kept(assignment, params)
+        splits, labels = assignment.summary(), assignment.labels()
+        counts = _write_splits(source, described, assignment, outputs)
+        ledger.write(outputs["ledger"], assignment.ledger())
         database.close()
     empty = [name for name in SPLITS if counts[name] == 0]
     if empty:
         few = ", or more groups: there are few for the shares" if params.group_column else ""
         raise StageError(f"{params.path}: the {empty[0]} split is empty; add images{few} or change ingest.split")
-    return counts, report(source, facts)
+    return counts, report(source, facts, splits) | {"classes": list(classes or labels)}
 
 
-def _describe_all(source: Source, max_side: int, database: sqlite3.Connection, table: Table) -> Counter[str]:
+def _describe_all(source: Source, max_side: int, assignment: Assignment, table: Table) -> Counter[str]:
     """Put every image into the table and the database; returns how many there are of what the report tells."""
     facts: Counter[str] = Counter()
-    database.execute("BEGIN")
+    assignment.database.execute("BEGIN")
     for index, item in enumerate(track(source.items(), "reading images")):
         row = describe(item, source.params, max_side)
         table.add(row)
-        database.execute(
-            "INSERT INTO image VALUES (?, ?, ?, ?, ?, NULL)",
-            (index, row["label"], row["pixels_sha256"], row["group"] if row["readable"] else None, item.split),
-        )
+        assignment.add(index, row["label"], row["pixels_sha256"], row["group"], item.split)
         facts += Counter(
             images=1,
             transparent=bool(row["transparent"]),
@@ -278,44 +219,51 @@ def _describe_all(source: Source, max_side: int, database: sqlite3.Connection, t
             sixteen_bits=row["white"] is not None,
         )
         facts["white"] = max(facts["white"], row["white"] or 0)
-    database.execute("COMMIT")
+    assignment.database.execute("COMMIT")
     return facts
 
 
-def report(source: Source, facts: Counter[str]) -> dict[str, Any]:
+def report(source: Source, facts: Counter[str], splits: dict[str, int]) -> dict[str, Any]:
     """What of the source was taken and how, for `validate` and for the reader; fit for JSON."""
     passed_over = sorted(source.passed_over.items(), key=lambda one: -len(one[1]))
     return {
         "images": facts["images"],
-        "with_a_split_of_their_own": facts["own_split"],
-        "drawn_from_train": facts["moved"],
+        **splits,
         "passed_over": {why: {"files": len(names), "such_as": names[:SHOWN]} for why, names in passed_over},
         "on_the_background": facts["transparent"],
         "of_more_than_one_frame": facts["frames"],
         "of_16_bits": facts["sixteen_bits"],
-        "largest_value_of_16_bits": facts["white"] or None,
+        "values_of_16_bits_up_to": facts["white"] or None,
         "white_level": source.params.white_level,
         "matched_rows": source.matched,
         "unmatched": {what: len(names) for what, names in source.unmatched.items()},
     }
 
 
-def _check(database: sqlite3.Connection, params: config.Ingest, described: Path) -> None:
-    def count(query: str) -> int:
-        return int(database.execute(query).fetchone()[0])
-
-    images = count("SELECT COUNT(*) FROM image")
+def _check(assignment: Assignment, params: config.Ingest, described: Path) -> None:
+    images = assignment.count("SELECT COUNT(*) FROM image")
     if images == 0:
         raise StageError(f"{params.path} has no images: ingest.kind {params.kind} found nothing to read in it")
-    corrupt = count("SELECT COUNT(*) FROM image WHERE pixels IS NULL")
+    corrupt = assignment.count("SELECT COUNT(*) FROM image WHERE pixels IS NULL")
     if corrupt > params.max_corrupt_fraction * images or corrupt == images:
         raise StageError(
             f"{params.path}: {corrupt} of {images} images cannot be read, {_list_unreadable(described)}; "
             f"ingest.max_corrupt_fraction allows {params.max_corrupt_fraction:g} of them"
         )
-    labels = [row[0] for row in database.execute("SELECT DISTINCT label FROM image WHERE pixels IS NOT NULL LIMIT 2")]
+    labels = assignment.database.execute("SELECT DISTINCT label FROM image WHERE pixels IS NOT NULL LIMIT 2").fetchall()
     if len(labels) < 2:
-        raise StageError(f"{params.path} has one class only ({labels[0]}): a classifier needs at least two")
+        raise StageError(f"{params.path} has one class only ({labels[0][0]}): a classifier needs at least two")
+
+
+def _check_kept(assignment: Assignment, params: config.Ingest) -> None:
+    """Stop if the ledger and the source contradict each other on more images than may be left out."""
+    contradictions, images = assignment.contradictions(), assignment.count("SELECT COUNT(*) FROM image")
+    if len(contradictions) > params.max_corrupt_fraction * images:
+        raise StageError(
+            f"{params.path}: {len(contradictions)} of {images} images fit no split any more ({contradictions[0]}); "
+            f"ingest.max_corrupt_fraction allows {params.max_corrupt_fraction:g} of them. Go back to the splits and "
+            "groups of before, or begin anew under another model name"
+        )
 
 
 def _list_unreadable(described: Path) -> str:
@@ -342,26 +290,26 @@ def _rows(described: Path) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _write_splits(
-    source: Source, described: Path, database: sqlite3.Connection, outputs: dict[str, Path]
-) -> dict[str, int]:
+def _write_splits(source: Source, described: Path, assignment: Assignment, outputs: dict[str, Path]) -> dict[str, int]:
     params = source.params
-    counts = dict.fromkeys((*SPLITS, "corrupt"), 0)
-    items = source.items()
-    splits = database.execute("SELECT split FROM image ORDER BY id")
+    counts = dict.fromkeys((*SPLITS, "aside"), 0)
+    items, assigned = source.items(), assignment.rows()
+    columns = dict.fromkeys(SPLITS, params.columns) | {"test": (*params.columns, TEST_PART)}
     with ExitStack() as opened:
-        tables = {name: opened.enter_context(Table(outputs[name], IMAGES, params.columns)) for name in SPLITS}
+        tables = {name: opened.enter_context(Table(outputs[name], IMAGES, columns[name])) for name in SPLITS}
         manifest = opened.enter_context(Table(outputs["manifest"], MANIFEST, params.columns))
         for row in track(_rows(described), "writing splits"):
             item = next(items, None)
             if item is None or hashlib.sha256(item.image).hexdigest() != row["sha256"]:
                 raise StageError(f"{params.path} changed while it was read ({row['path']}): run again")
-            split = splits.fetchone()[0]
-            row["split"] = split if row["readable"] else None
-            counts[row["split"] or "corrupt"] += 1
+            row["split"], reason, is_new = next(assigned)
+            if reason:
+                row.update(readable=False, reason=reason)
+            counts[row["split"] or "aside"] += 1
             manifest.add(row)
             if row["split"]:
-                kept = {name: row[name] for name in ("label", "path", "sha256", *params.columns)}
+                row[TEST_PART] = NEW if is_new else FROZEN
+                kept = {name: row[name] for name in ("label", "path", "sha256", *columns[row["split"]])}
                 tables[row["split"]].add({"image": item.image, **kept}, size=len(item.image))
     return counts
 
@@ -373,21 +321,24 @@ def sources(source: Path) -> dict[str, str]:
 
 def main() -> None:
     params = config.load()
-    targets = (paths.TRAIN, paths.VAL, paths.TEST, paths.MANIFEST, paths.SOURCES, paths.report("ingest"))
+    prepared = (paths.TRAIN, paths.VAL, paths.TEST, paths.MANIFEST, paths.LEDGER)
+    written = (*prepared, paths.SOURCES, paths.CLASSES, paths.report("ingest"))
     UNREADABLE.unlink(missing_ok=True)
-    with files.replacing(*targets) as (*temporary, listing, told):
-        outputs = dict(zip((*SPLITS, "manifest"), temporary, strict=True))
+    known = ledger.read(paths.KNOWN_SPLITS) if paths.KNOWN_SPLITS.exists() else ledger.EMPTY
+    with files.replacing(*written) as (*temporary, listing, names, told):
+        outputs = dict(zip((*SPLITS, "manifest", "ledger"), temporary, strict=True))
         try:
-            counts, found = ingest(params.ingest, params.classes, params.validate_.max_side, outputs)
+            counts, found = ingest(params.ingest, params.classes, params.validate_.max_side, outputs, known)
         except sqlite3.OperationalError as error:
             raise StageError(f"{tempfile.gettempdir()} cannot hold the index of the images: {error}") from None
         files.write_json(listing, sources(Path(params.ingest.path)))
+        files.write_json(names, found["classes"])
         files.write_json(told, found)
     for line in tell(found):
         print(f"ingest: {line}")
-    if counts["corrupt"]:
-        print(f"ingest: unreadable images are set aside, with their reasons, in {paths.MANIFEST}")
-    print("ingest: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    if counts["aside"]:
+        print(f"ingest: images that are set aside are in {paths.MANIFEST}, with their reasons")
+    print("ingest: " + ", ".join(f"{count} {name}" for name, count in counts.items() if name in SPLITS or count))
 
 
 def tell(found: dict[str, Any]) -> Iterator[str]:
@@ -397,6 +348,13 @@ def tell(found: dict[str, Any]) -> Iterator[str]:
         drawn = found["drawn_from_train"]
         more = f"; {drawn} are drawn from its train for a split that it lacks" if drawn else ""
         yield f"{own} of {found['images']} images keep the split that the source has for them{more}"
+    if found["of_before"]:
+        new = found["of_the_newest_data"]
+        yield f"{found['of_before']} images keep their splits of before, and {new} came with the newest data"
+    if found["erased"]:
+        yield f"{found['erased']} images are left out, as ingest.erased asks"
+    if found["set_aside_by_the_ledger"]:
+        yield f"{found['set_aside_by_the_ledger']} images fit no split any more and are set aside"
     if found["matched_rows"]:
         lonely = ", ".join(f"{count} {what}" for what, count in found["unmatched"].items())
         yield f"{found['matched_rows']} images have their row in the table; {lonely}"

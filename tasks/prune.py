@@ -20,7 +20,7 @@ from tasks.nets import backbone, distillation, importance, masks, training
 from tasks.nets.backbone import Spec
 from tasks.nets.export import export
 
-TAYLOR_IMAGES, TAYLOR_BATCH = 1024, 32
+TAYLOR_IMAGES, TAYLOR_BATCH = 1024, 32  # at most: scoring needs no more memory than training
 MARGIN = costs.Cost(
     0.97, 0.85
 )  # of a limit: what is planned and what is measured differ by less, if the machine is the same
@@ -107,15 +107,20 @@ Survey = tuple[object, list[object], list[Tensor], allocation.Network]  # graph,
 
 
 def survey_channels(
-    net: nn.Module, effects: dict[str, float], train: training.Images, example: Tensor, head: str
+    net: nn.Module,
+    effects: dict[str, float],
+    train: training.Images,
+    example: Tensor,
+    head: str,
+    batch: int = TAYLOR_BATCH,
 ) -> Survey:
     """The network's DepGraph, its groups, their scores on training images, and what `allocation` chooses from."""
     net.to(memory_format=torch.channels_last)
     with masks.known_structure():
         graph, groups = masks.channel_groups(net, example, head)
         chosen = torch.linspace(0, len(train) - 1, min(len(train), TAYLOR_IMAGES)).long().tolist()
-        batches: importance.Batches = DataLoader(Subset(train, chosen), TAYLOR_BATCH)  # type: ignore[arg-type]
-        scores = importance.taylor(net, groups, track(batches, "scoring channels", -(-len(chosen) // TAYLOR_BATCH)))
+        batches: importance.Batches = DataLoader(Subset(train, chosen), batch)  # type: ignore[arg-type]
+        scores = importance.taylor(net, groups, track(batches, "scoring channels", -(-len(chosen) // batch)))
         return graph, groups, scores, importance.network(net, groups, scores, effects, example)
 
 
@@ -173,9 +178,10 @@ def compress(
     images, held_out = (training.Images(split, spec.preprocessing, spec.classes) for split in (train, val))
     head, example = backbone.head(teacher), torch.stack([held_out[index][0] for index in range(2)])
     reference, _ = training.evaluate(teacher, held_out)
+    batch = min(TAYLOR_BATCH, params.recovery.training.batch_size) if params.recovery else TAYLOR_BATCH
 
     def look(net: nn.Module, effects: dict[str, float]) -> Any:
-        return survey_channels(net, effects, images, example, head)
+        return survey_channels(net, effects, images, example, head, batch)
 
     def attempt(limits: allocation.Limits) -> Attempt:
         slim = copy.deepcopy(teacher)

@@ -136,7 +136,7 @@ def _passed_over(report: Json) -> tuple[str, float]:
 
 def _depth(report: Json) -> tuple[str, float]:
     """Which values files of 16 bits have, and the share of the range up to white that they use; 1 if there are none."""
-    count, largest, white = report["of_16_bits"], report["largest_value_of_16_bits"], report["white_level"]
+    count, largest, white = report["of_16_bits"], report["values_of_16_bits_up_to"], report["white_level"]
     if not count:
         return "no file has 16 bits", 1.0
     return f"{count} files have 16 bits and values up to {largest}", (largest or 0) / white
@@ -156,7 +156,7 @@ def rules(params: config.Validate, classes: tuple[str, ...], images: int) -> lis
     allowed = max(0, 1 - params.max_near_duplicates / max(images, 1) - 1e-12)  # as Great Expectations counts
     names, one, between = {"value_set": list(classes)}, {"value_set": list(SPLITS)}, "ExpectColumnValuesToBeBetween"
     return [
-        Rule("decodable", "warning", "every image can be decoded",
+        Rule("decodable", "warning", "every image can be used",
              "rows", "unreadable", "ExpectColumnValuesToBeNull", {}),
         Rule("sha256", "critical", "every sha256 is 64 hexadecimal digits",
              "rows", "sha256", "ExpectColumnValuesToMatchRegex", {"regex": r"\A[0-9a-f]{64}\Z"}),
@@ -303,7 +303,7 @@ def main() -> None:
         raise StageError(f"{paths.MANIFEST} is not Parquet; run ingest again ({error})") from None
     with files.replacing(paths.DATA_DOCS) as (docs,):
         report = files.read_json(paths.report("ingest"))
-        verdict = validate(manifest, report, params.validate_, params.classes, docs)
+        verdict = validate(manifest, report, params.validate_, config.class_names(params), docs)
     files.write_json(paths.report("validate"), verdict)
     failed = [entry for entry in verdict["expectations"] if not entry["passed"]]
     for entry in failed:

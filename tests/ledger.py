@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from conftest import png, write_split
 from onnx import TensorProto, helper, numpy_helper
 from ruamel.yaml import YAML
@@ -25,6 +27,7 @@ from flows.registry.record import Registry, open_registry
 from flows.registry.view import View, read_view
 from tasks import benchmark, gate
 from tasks.core import config, files, paths
+from tasks.images import ledger as splits_ledger
 from tasks.runtime import probe
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +36,7 @@ CLASSES = ("cat", "dog", "owl", "fox")
 MODEL = "classifier"
 DOCS = paths.DATA_DOCS / "index.html"
 FILES = (
-    *(paths.TRAIN, paths.VAL, paths.TEST, paths.MANIFEST, paths.SOURCES, paths.report("validate")),
+    *(paths.TRAIN, paths.VAL, paths.TEST, paths.MANIFEST, paths.SOURCES, paths.LEDGER, paths.report("validate")),
     *(paths.weights("finetune"), paths.spec("finetune"), paths.onnx("finetune"), paths.onnx("reduce")),
     *(paths.report("benchmark"), paths.GOLDEN, paths.PREDICTIONS, paths.report("gate"), paths.PACKED),
 )
@@ -90,7 +93,9 @@ class Ledger:
         made.write("dvc.yaml", json.dumps({"stages": {"build": {"cmd": "true", "outs": outs}, "gate": GATE}}).encode())
         made.write("tasks/stage.py", b"print('code')\n")
         made.write(paths.DEVICE, b'{"latency_ms": []}\n')
-        made.write(".gitignore", b"/data/prepared\n/data/models\n/data/reports\n/data/champion\n.weighin/\n")
+        made.write(
+            ".gitignore", b"/data/prepared\n/data/models\n/data/reports\n/data/champion\n/data/splits\n.weighin/\n"
+        )
         for index in range(3):
             made.write(f"data/raw/cat/{index}.png", png(index, 8))
         made.prepare()
@@ -125,15 +130,26 @@ class Ledger:
         sources = {path.as_posix(): files.sha256(self.root / path) for path in self.raw()}
         self.write(paths.SOURCES, json.dumps(sources).encode())
         rows = [
-            {"path": path.relative_to("data/raw").as_posix(), "sha256": sources[path.as_posix()], "split": "train"}
+            {
+                "path": path.relative_to("data/raw").as_posix(),
+                "sha256": sources[path.as_posix()],
+                "pixels_sha256": sources[path.as_posix()],
+                "split": "train",
+            }
             for path in self.raw()
         ]
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         pq.write_table(pa.Table.from_pylist(rows), self.root / paths.MANIFEST)
+        self.know()
         self.write(paths.report("validate"), b'{"passed": true}\n')
         self.write(DOCS, b"<html>fine</html>\n")
+
+    def know(self, **splits: str) -> None:
+        """Write the ledger of splits that ingest would leave: pixels and the split that they are in."""
+        rows = [
+            {"pixels_sha256": pixels, "split": split, "group": None, "generation": 1}
+            for pixels, split in splits.items()
+        ]
+        splits_ledger.write(self.root / paths.LEDGER, pa.Table.from_pylist(rows, splits_ledger.SCHEMA))
 
     def raw(self) -> list[Path]:
         found = sorted(path for path in (self.root / "data/raw").rglob("*.png"))
@@ -183,7 +199,7 @@ class Ledger:
             infra={"batch-1": {"difference": 0.0, "same_top1": True, "repeatable": True}},
             judged=gate.Judged(model_sha256, data_sha256, params_sha256, code),
         )
-        verdict = gate.gate(evidence, params.gate, params.classes)
+        verdict = gate.gate(evidence, params.gate, CLASSES)
         self.write(paths.report("gate"), (json.dumps(verdict.to_json(), indent=2) + "\n").encode())
         self.lock()
 
@@ -201,7 +217,7 @@ class Ledger:
 
     def lock(self) -> None:
         """Put the outputs into DVC's cache and dvc.lock."""
-        outs = [self.stored(path) for path in FILES]
+        outs = [self.stored(path) for path in FILES if path != paths.LEDGER or (self.root / path).exists()]
         page = self.stored(DOCS)
         listing = json.dumps([{"md5": page["md5"], "relpath": DOCS.name}]).encode()
         folder = {"path": paths.DATA_DOCS.as_posix(), "hash": "md5", "md5": f"{md5(listing)}.dir", "nfiles": 1}

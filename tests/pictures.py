@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from tasks.core import config
 from tasks.core.errors import StageError
+from tasks.images import ledger
 from tasks.ingest import ingest
 
 SPLITS = ("train", "val", "test")
@@ -48,10 +50,21 @@ def parameters(source: Path, kind: str = "folder", **changes: Any) -> config.Ing
     return config.Ingest.model_validate({"kind": kind, "path": str(source), **values})
 
 
+def taken(
+    params: config.Ingest,
+    outputs: Path,
+    known: pa.Table = ledger.EMPTY,
+    classes: tuple[str, ...] | None = CLASSES,
+) -> dict[str, Any]:
+    """What ingest reports of a source, whose images `known` may have splits for; it writes into the new folder."""
+    outputs.mkdir()
+    targets = {name: outputs / f"{name}.parquet" for name in (*SPLITS, "manifest", "ledger")}
+    return ingest(params, classes, MAX_SIDE, targets, known)[1]
+
+
 def ingested(params: config.Ingest, outputs: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """The manifest by path, and the splits."""
-    outputs.mkdir()
-    ingest(params, CLASSES, MAX_SIDE, {name: outputs / f"{name}.parquet" for name in (*SPLITS, "manifest")})
+    taken(params, outputs)
     read = {name: pd.read_parquet(outputs / f"{name}.parquet") for name in (*SPLITS, "manifest")}
     manifest = read.pop("manifest").set_index("path")
     assert manifest.index.is_unique

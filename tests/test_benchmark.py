@@ -15,6 +15,7 @@ import pytest
 import zstandard
 from conftest import CLASSES, Network, Repository, png, write_split
 from onnx import helper, numpy_helper
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from tasks.benchmark import accuracy, answers, benchmark, golden_of, latencies, latency, weight
 from tasks.core import config, files
@@ -29,7 +30,7 @@ from tasks.runtime.probe import meet, probe
 Networks = Callable[[str], Network]
 PROFILE = config.Benchmark(threads=1, warmup=10, iterations=25)
 FIELDS = {
-    "top1", "class_recall", "confusion",
+    "top1", "balanced_accuracy", "macro_f1", "class_recall", "confusion",
     "latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "throughput_per_s",
     "load_ms", "first_inference_ms", "peak_rss_bytes",
     "sha256", "size_bytes", "zst_bytes", "params", "nonzero_params", "sparsity", "macs", "operators",
@@ -88,6 +89,16 @@ def test_accuracy_is_that_of_numpy(networks: Networks, test_split: Path) -> None
     assert confusion != np.transpose(confusion).tolist()
     assert found["top1"] == (predicted == labels).mean()
     assert found["class_recall"] == {name: (predicted[labels == row] == row).mean() for row, name in enumerate(CLASSES)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_means_over_the_classes_are_those_of_scikit_learn(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    actual = rng.choice(CLASSES[: 2 + seed % 3], 40).tolist()
+    predicted = [name if rng.random() < 0.6 else str(rng.choice(CLASSES[:3])) for name in actual]
+    found = accuracy(actual, predicted, CLASSES)
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(actual, predicted), abs=1e-12)
+    assert found["macro_f1"] == pytest.approx(f1_score(actual, predicted, average="macro"), abs=1e-12)
 
 
 def test_a_class_without_images_has_no_recall() -> None:

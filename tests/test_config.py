@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.core import config
+from tasks.core import config, files, paths
 from tasks.core.errors import ParamsError
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
@@ -105,7 +105,7 @@ def refusal(path: Path) -> str:
 
 def test_the_shipped_file_loads() -> None:
     params = config.load(SHIPPED)
-    assert len(params.classes) == 10
+    assert len(config.class_names(params)) == 10
     assert params.finetune.weights.source == "packaged"
 
 
@@ -136,6 +136,12 @@ def test_values_are_those_of_the_file(tmp_path: Path) -> None:
         ("learning_rate: 0.001", "learning_rate: .nan", "learning_rate: Input should be a finite number, not nan"),
         ("max_latency_ratio: 0.25", "max_latency_ratio: .inf", "gate.max_latency_ratio: Input should be a finite"),
         ("[shirt, trouser", "[trouser, trouser", "class 'trouser' is listed twice"),
+        (
+            "classes: [shirt, trouser",
+            "classes: auto #",
+            "classes must list the names for ingest.kind idx",
+        ),
+        ("classes: [shirt, trouser", "classes: any #", "classes: Input should be a valid tuple, not 'any'"),
         ("[shirt, trouser", "[1, trouser", "classes.0: YAML does not read it as text: put it in quotes, not 1"),
         ("model: classifier", "model: A model", "model: String should match pattern"),
         ("source: packaged", "source: file", "finetune.weights: path goes with source: file, and only"),
@@ -168,7 +174,7 @@ def test_values_are_those_of_the_file(tmp_path: Path) -> None:
         (
             "    label: {min",
             "    device: {min",
-            "gate.slices has the column 'device', which is neither label nor in ingest.columns",
+            "gate.slices has the column 'device', which is neither label nor test_part nor in ingest.columns",
         ),
         ("{min_top1: 0.6}", "{min_top1: 1.6}", "gate.slices.label.min_top1: Input should be less than or equal to 1"),
         ("{min_top1: 0.6}", "{min_recall: 0.6, min_top1: 0.6}", "gate.slices.label.min_recall is not a parameter"),
@@ -319,3 +325,17 @@ def test_a_message_is_one_line_whatever_a_key_has_in_it(tmp_path: Path) -> None:
     with pytest.raises(ParamsError) as caught:
         config.load(path)
     assert str(caught.value).startswith(f"{path}: one two three is not a parameter")
+
+
+@pytest.mark.parametrize("said", ["classes: auto\n", "classes: null\n", ""])
+def test_classes_may_be_left_to_the_data(said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = SHIPPED.parent / "data/recipes/folder.yaml"
+    text = path.read_text()
+    assert "\nclasses: auto\n" in text
+    params = config.read(text.replace("\nclasses: auto\n", f"\n{said}").encode(), path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ParamsError, match=r"classes\.json is missing: list classes in params\.yaml, or run"):
+        config.class_names(params)
+    files.write_json(paths.CLASSES, ["b", "a"])
+    assert config.class_names(params) == ("b", "a")
+    assert config.class_names(params.model_copy(update={"classes": ("c", "d")})) == ("c", "d")

@@ -55,7 +55,7 @@ def test_files_that_documents_name_exist(document: Path) -> None:
     text = document.read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert target.startswith("https://") or (document.parent / target).exists(), target
-    made = ("data/prepared", "data/models", "data/reports", "data/raw/my-images")
+    made = ("data/prepared", "data/models", "data/reports", "data/splits", "data/raw/my-images")
     for path in re.findall(r"`(?:python )?((?:data|deploy|docs|tasks|flows|tests)/[\w./-]*\w)`", text):
         assert (ROOT / path).exists() or path.startswith(made), path
 

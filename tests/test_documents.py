@@ -104,6 +104,14 @@ def card_of(decision: Decision, checks: Any, benchmark: Benchmark, given: config
     return model_card(decision, checks, benchmark, recorded(given))
 
 
+def test_classes_that_were_left_to_the_data_are_named_as_the_benchmark_has_them() -> None:
+    given = PARAMS.model_copy(update={"classes": None, "ingest": PARAMS.ingest.model_copy(update={"kind": "folder"})})
+    of = STAGES.model_copy(update={"classes": ("ant", "bee")})
+    assert "each of one class of 2: ant, bee." in card_of(DECISION, (), of, given)
+    made = bill_of_materials(DECISION, recorded(given), of, ENVIRONMENT)
+    assert "logits: float32 (batch, 2)" in json.dumps(made)
+
+
 def provenance(decision: Decision = DECISION, **changes: Any) -> Any:
     """A provenance of materials changed so, as it is read back from its file."""
     made = origin.provenance(decision, PARAMS, MADE_OF._replace(**changes), ENVIRONMENT)

@@ -80,7 +80,11 @@ FACE_THE_CHAMPION = ("benchmark", "gate")
 
 def test_stages_are_the_same_list_in_the_same_order_everywhere() -> None:
     assert tuple(PIPELINE["stages"]) == STAGES
-    called = calls(function(ROOT / "flows/retrain.py", "retrain"))
+    called = [
+        step
+        for name in calls(function(ROOT / "flows/retrain.py", "retrain"))
+        for step in (calls(function(ROOT / "flows/retrain.py", name)) if name == "prepare" else [name])
+    ]
     tasks = [name for name in called if isinstance(getattr(retrain, name, None), Task)]
     assert tuple(name for name in tasks if name in STAGES) == STAGES
     assert tasks[-4:] == ["champion", "benchmark", "gate", "decide"]
@@ -114,14 +118,16 @@ def test_a_stage_depends_on_its_own_section_of_the_parameters(name: str) -> None
 def test_data_dependencies_come_from_an_earlier_stage(name: str) -> None:
     earlier = [one for stage in STAGES[: STAGES.index(name)] for one in outputs(PIPELINE["stages"][stage])]
     data = [dep for dep in PIPELINE["stages"][name]["deps"] if dep.startswith("data/")]
-    assert set(data) - {str(paths.CHAMPION), str(paths.DEVICE)} <= set(earlier)
+    assert set(data) - {str(paths.CHAMPION), str(paths.DEVICE), str(paths.KNOWN_SPLITS)} <= set(earlier)
+    assert (str(paths.KNOWN_SPLITS) in data) == (name == "ingest")
     assert (str(paths.CHAMPION) in data) == (name in FACE_THE_CHAMPION)
     assert (str(paths.DEVICE) in data) == (name == "prune")  # it is in git: `weighin profile` measures it
 
 
-def test_only_the_flow_lays_the_champion() -> None:
+@pytest.mark.parametrize("laid", [paths.CHAMPION, paths.KNOWN_SPLITS])
+def test_no_stage_makes_what_the_flow_lays(laid: Path) -> None:
     made = [output for stage in PIPELINE["stages"].values() for output in outputs(stage)]
-    assert not [output for output in made if Path(output).is_relative_to(paths.CHAMPION)]
+    assert not [output for output in made if Path(output).is_relative_to(laid)]
 
 
 def test_the_gate_depends_on_every_file_that_its_evidence_is_read_from() -> None:

@@ -67,7 +67,7 @@ def test_the_first_run_promotes_and_leaves_everything_a_user_looks_for(first: tu
     assert decision["version"] == "v0.1.0"
     assert decision["recorded"] is True
     assert list(decision["stages"]) == ["finetune", "prune", "quantize", "reduce"]
-    assert set(workspace.states()) == {*STAGES, "accept data", "champion", "decide"}
+    assert set(workspace.states()) == {*STAGES, "splits", "accept data", "champion", "decide"}
     assert workspace.ran() == list(STAGES)
     keys = {artifact["key"] for artifact in workspace.post("artifacts/filter")}
     assert keys == {"data-verdict", "stages", "gate"}

@@ -39,7 +39,7 @@ def test_a_folder_of_images_goes_through_by_changing_the_parameters_only(workspa
     yaml = YAML(typ="safe")
     recipe = yaml.load(ROOT / "data/recipes/folder.yaml")
     recipe["ingest"] |= {"path": str(tmp_path / "photos"), "max_corrupt_fraction": 0.05}
-    recipe |= {"model": "photos", "classes": ["red", "green", "blue"]}
+    recipe |= {"model": "photos"}
     recipe["validate"] |= {"min_rows_per_class": 2}
     recipe["finetune"] |= {"image_size": 32}
     recipe["finetune"]["training"] |= {"epochs": 1, "batch_size": 16}

@@ -27,6 +27,7 @@ from tasks.gate import (
     Evidence,
     Judged,
     Verdict,
+    classes_of,
     confirm,
     evidence,
     explain,
@@ -687,6 +688,100 @@ def test_a_missing_value_is_no_slice() -> None:
     assert [entry.value for entry in before.slices["device"]] == [""]
 
 
+def parts_of_test(cells: list[list[str]]) -> None:
+    """The last 20 images of each class are new."""
+    cells[0].append("test_part")
+    for index, row in enumerate(cells[1:]):
+        row.append("new" if index % 50 >= 30 else "frozen")
+
+
+def test_what_is_new_in_test_is_told_apart_and_judged_only_where_that_is_asked_for() -> None:
+    assert judged(full()).test_parts == []
+    given = with_table(parts_of_test)
+    frozen, new = judged(given).test_parts
+    assert (frozen.value, frozen.images, new.value, new.images) == ("frozen", 120, "new", 80)
+    wrong = sum(index % 50 >= 30 for index in OURS)
+    assert (new.top1, frozen.top1) == (1 - wrong / 80, 1 - (len(OURS) - wrong) / 120)
+    assert new.difference is not None
+    assert new.difference.wins == sum(index % 50 >= 30 for index in set(THEIRS) - set(OURS))
+    assert failed(given) == []
+    limit = {"min_count": 50, "min_top1": 0.95}
+    assert failed(given, slices={"test_part": limit}) == ["top1_by_test_part"]
+    assert one_check(judged(given, slices={"test_part": limit}), "top1_by_test_part").where == "frozen"
+
+
+def test_balanced_accuracy_is_counted_from_the_predictions_and_judged_if_it_has_a_limit() -> None:
+    """Half of the images are cats, which are all right; of the others a quarter is wrong."""
+    cells = [["actual", "predicted", "champion"], *([["cat"] * 3] * 150)]
+    for name in CLASSES[1:]:
+        cells += [[name, name, name]] * 36 + [[name, "cat", name]] * 12
+    given = evidence_of(text(cells))
+    assert "balanced_accuracy" not in {one.name for one in judged(given).checks}
+    found = one_check(judged(given, min_balanced_accuracy=0.8125), "balanced_accuracy")
+    assert (found.value, found.passed) == (0.8125, True)
+    assert "balanced_accuracy" in failed(given, min_balanced_accuracy=0.8126)
+
+
+@pytest.mark.parametrize("cells", [[["actual", "predicted", "champion"]], [["cat"], ["cat"]], table()[:101]])
+def test_without_an_image_of_each_class_there_is_no_balanced_accuracy(cells: list[list[str]]) -> None:
+    found = one_check(judged(evidence_of(text(cells)), min_balanced_accuracy=0), "balanced_accuracy")
+    assert (found.value, found.passed) == (None, False)
+
+
+def test_a_label_that_is_no_class_counts_all_the_same() -> None:
+    def relabel(cells: list[list[str]]) -> None:
+        for row in cells[1:51]:
+            row[0] = "emu"
+
+    given = with_table(relabel)
+    assert "emu" in [one.value for one in judged(given).slices["label"]]
+    verdict = gate(given, config.Gate.model_validate(LIMITS | {"min_balanced_accuracy": 0.9}), CLASSES[1:])
+    right = sum(index not in OURS for index in range(50, 200))
+    assert one_check(verdict, "balanced_accuracy").value == pytest.approx(right / 200)
+
+
+def with_classes(ours: object, theirs: object) -> Evidence:
+    return with_value(theirs, "report", "champion_classes", given=with_value(ours, "report", "classes"))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "change", "says"),
+    [
+        (["a", "b"], ["b", "a"], None, "all 23 checks passed"),
+        (["a", "b"], None, None, "all 23 checks passed"),
+        (None, ["a", "b"], None, "all 23 checks passed"),
+        (["a"], ["a", "b", "c"], ((), ("b", "c")), "passed; without b, c, which it can"),
+        (["a", "b", "c"], ["a", "b"], (("c",), ()), "passed; with c, which the champion cannot answer"),
+        (
+            ["a", "c"],
+            ["a", "b"],
+            (("c",), ("b",)),
+            "passed; with c, which the champion cannot answer; without b, which it can",
+        ),
+    ],
+)
+def test_other_classes_than_the_champion_has_are_told(ours: object, theirs: object, change: Any, says: str) -> None:
+    verdict = judged(with_classes(ours, theirs))
+    assert (verdict.class_change and (verdict.class_change.added, verdict.class_change.removed)) == change
+    assert sentence(verdict).endswith(says)
+
+
+@pytest.mark.parametrize(
+    ("declared", "named", "classes"),
+    [
+        (["a", "b"], ["c"], ("a", "b")),
+        ("auto", ["c", "d"], ("c", "d")),
+        ("auto", None, ()),
+        ("auto", ["c", 1], ()),
+        ("auto", "cd", ()),
+    ],
+)
+def test_classes_that_are_left_to_the_data_are_those_of_the_benchmark(
+    declared: object, named: object, classes: tuple[str, ...]
+) -> None:
+    assert classes_of(declared, {"classes": named}) == classes
+
+
 # What would pass
 
 
@@ -917,7 +1012,7 @@ def recorded(repository: Repository, shipped: Path, monkeypatch: pytest.MonkeyPa
             prepared(repository, shipped, **limits)
         params = config.load()
         found = evidence(params.benchmark)
-        verdict = gate(found._replace(infra=infra or found.infra), params.gate, params.classes)
+        verdict = gate(found._replace(infra=infra or found.infra), params.gate, config.class_names(params))
         repository.report("gate").write_text(json.dumps(verdict.to_json() | (parts or {})))
         return verdict
 

@@ -22,7 +22,9 @@ def verdict(name: str) -> Verdict:
     one = SliceResult(value=name, images=50, judged=True, top1=0.5, lower=0.4, upper=0.6)
     return Verdict(
         schema_version=2, passed=False, checks=(check("top1", 0.5, ">=", 0.6, name),), slices={name: [one]},
-        champion=None, comparison=None, infra=None, model_sha256="", data_sha256="", params_sha256="", code_sha256="",
+        champion=None, comparison=None, class_change=None,
+        test_parts=[],
+        infra=None, model_sha256="", data_sha256="", params_sha256="", code_sha256="",
     )  # fmt: skip
 
 
@@ -51,7 +53,9 @@ SHOWN: dict[str, Callable[[str], None]] = {
     "audit": lambda name: terminal.audit(Report(findings=[Finding(name, name, name, name, "record")])),
     "reproduce": lambda name: terminal.reproduction(reproduced(name)),
     "lineage of a version": lambda name: terminal.origins([STEP | {"weights": {"path": name}, "sources": {name: "0"}}]),
-    "lineage of a file": lambda name: terminal.uses([{"decision": "a", "outcome": "b", "path": name, "split": "c"}]),
+    "lineage of a file": lambda name: terminal.uses(
+        [{"decision": "a", "outcome": "b", "path": name, "split": "c", "pixels_sha256": ""}]
+    ),
 }
 
 

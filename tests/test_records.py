@@ -63,6 +63,8 @@ def lay_challenger(root: Path, seed: int) -> None:
     if not (root / paths.DEVICE).exists():
         ledger.write(paths.DEVICE, b'{"latency_ms": []}\n')
     ledger.prepare()
+    opened(root, NAME).lay_splits(None, is_current=False)
+    shutil.copy(root / paths.KNOWN_SPLITS, root / paths.LEDGER)  # as ingest would, of images that are known already
     ledger.commit("An upgrade")
     ledger.lay(seed, name=NAME)
 

@@ -19,14 +19,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pictures import CLASSES, MAX_SIDE, SPLITS, encoded, folder, ingested, noise, parameters, put, refusal, table
+from pictures import CLASSES, MAX_SIDE, SPLITS, encoded, folder, ingested, noise, parameters, put, refusal, table, taken
 from PIL import Image, ImageCms
 
 from tasks.core import config
 from tasks.core.errors import StageError
 from tasks.images.preprocessing import Preprocessing, decode, description, parse_description
 from tasks.images.sources import Item, open_source
-from tasks.ingest import describe, ingest, sources
+from tasks.ingest import describe, sources
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,14 +37,8 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def report(params: config.Ingest, outputs: Path) -> dict[str, Any]:
-    outputs.mkdir()
-    targets = {name: outputs / f"{name}.parquet" for name in (*SPLITS, "manifest")}
-    return ingest(params, CLASSES, MAX_SIDE, targets)[1]
-
-
 def passed_over(params: config.Ingest, outputs: Path) -> dict[str, int]:
-    return {why: kind["files"] for why, kind in report(params, outputs)["passed_over"].items()}
+    return {why: kind["files"] for why, kind in taken(params, outputs)["passed_over"].items()}
 
 
 # Which files are the source
@@ -79,7 +73,7 @@ def test_files_that_are_no_images_are_counted_by_their_kind(tmp_path: Path) -> N
         put(source / f"cat/{index}.heic", b"\0\0\0\x18ftypheic")
         put(source / f"dog/{index}", b"no picture")
     put(source / "cat/drawing.SVG", b"<svg/>")
-    found = report(parameters(source), tmp_path / "out")
+    found = taken(parameters(source), tmp_path / "out")
     assert found["passed_over"] == {
         ".heic": {"files": 4, "such_as": ("cat/0.heic", "cat/1.heic", "cat/2.heic")},
         "without a suffix": {"files": 4, "such_as": ("dog/0", "dog/1", "dog/2")},
@@ -237,7 +231,7 @@ def test_a_join_that_does_not_fit_is_said(tmp_path: Path, rows: list[str], says:
 def test_a_join_may_have_gaps_where_that_is_allowed_and_counts_them(tmp_path: Path) -> None:
     source = folder(tmp_path / "in")
     table(source / "metadata.csv", [{"file_name": name, "camera": "a"} for name in [*NAMES[4:], "cat/gone.png"]])
-    found = report(parameters(source, columns=["camera"], max_unmatched_fraction=0.1), tmp_path / "out")
+    found = taken(parameters(source, columns=["camera"], max_unmatched_fraction=0.1), tmp_path / "out")
     assert found["matched_rows"] == 36
     assert found["unmatched"] == {"images without a row": 4, "rows without an image": 1}
 
@@ -377,9 +371,7 @@ def test_an_image_without_a_label_is_set_aside(tmp_path: Path) -> None:
 
 
 def hugging_face(path: Path, labels: list[Any], names: list[str], column: str = "label") -> None:
-    image = [
-        {"bytes": encoded(noise(hash(path.name) % 1000 + index, 8, 8)), "path": None} for index in range(len(labels))
-    ]
+    image = [{"bytes": encoded(noise(1000 * len(labels) + index, 8, 8)), "path": None} for index in range(len(labels))]
     feature = {"names": names, "_type": "ClassLabel"}
     about = {"huggingface": json.dumps({"info": {"features": {column: feature, "image": {"_type": "Image"}}}})}
     made = pa.table({"image": image, column: pa.array(labels, pa.int64())})
@@ -505,7 +497,7 @@ def test_icons_of_another_background_and_models_from_before(tmp_path: Path) -> N
     assert tuple(pixels(palette_with_magenta(), background=None)[0, 0]) == MAGENTA
     source = folder(tmp_path / "in")
     put(source / "cat/icon.png", drawn_in_alpha())
-    assert report(parameters(source), tmp_path / "out")["on_the_background"] == 1
+    assert taken(parameters(source), tmp_path / "out")["on_the_background"] == 1
 
 
 def test_the_device_has_the_background_and_the_white_level_from_the_file() -> None:
@@ -527,6 +519,23 @@ def test_sixteen_bits_are_scaled_by_the_white_level(bits: int, white: int, tmp_p
     assert pixels(encoded(Image.fromarray(values + 0)), white_level=255).max() == 255  # what is above is white
     row = describe(Item("a", "cat", data), parameters(Path("in")), MAX_SIDE)
     assert row["white"] == white
+
+
+@pytest.mark.parametrize("white", [255, 1023, 4095, 65535])
+def test_a_grey_map_of_16_bits_says_itself_what_is_white(white: int) -> None:
+    """Netpbm's PGM, section "maxval": two bytes a value, the most significant first, where it is over 255."""
+    values = np.linspace(0, white, 64).round().astype(">u2" if white > 255 else "u1").reshape(8, 8)
+    data = b"P5 8 8 %d\n" % white + values.tobytes()
+    found = pixels(data)[:, :, 0]
+    assert np.abs(found.astype(int) - values.astype(int) * 255 / white).max() <= 1
+    assert np.array_equal(pixels(data, white_level=255), pixels(data))
+
+
+def test_a_few_bright_defects_do_not_hide_that_bits_are_not_used() -> None:
+    values = np.linspace(0, 4095, 6400).astype(np.uint16).reshape(80, 80)
+    values.flat[[0, 77, 4000]] = 65535
+    row = describe(Item("a", "cat", encoded(Image.fromarray(values))), parameters(Path("in")), MAX_SIDE)
+    assert row["white"] in range(4080, 4096)
 
 
 def test_one_colour_is_one_colour_in_every_channel(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ REPORT = {
     "images": 36,
     "passed_over": {},
     "of_16_bits": 0,
-    "largest_value_of_16_bits": None,
+    "values_of_16_bits_up_to": None,
     "white_level": 65535,
 }
 
@@ -109,7 +109,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[
         "images": 100,
         "passed_over": {".heic": {"files": 3, "such_as": ["bag/1.heic"]}, "hidden": {"files": 1, "such_as": ["._a"]}},
         "of_16_bits": 12,
-        "largest_value_of_16_bits": 4095,
+        "values_of_16_bits_up_to": 4095,
         "white_level": 65535,
     }
     return *judge(pd.concat([data, more], ignore_index=True), docs, report), docs

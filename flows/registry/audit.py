@@ -9,6 +9,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows.registry import git, keys, refs
 from flows.registry.audit_artifacts import Store, check_working_copy
@@ -24,8 +25,12 @@ from flows.registry.chain import Link, Standing, replay
 from flows.registry.findings import Report
 from flows.registry.materials import Material
 from flows.registry.refs import Refs
-from tasks.core.errors import RegistryError
+from tasks.core import paths
+from tasks.core.errors import RegistryError, WeighinError
 from tasks.core.progress import track
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 PRODUCTION, ALL = "production", "all"
 UPSTREAM = "refs/remotes/origin/registry"
@@ -71,16 +76,50 @@ def audit(
     is_whole = len(links) == len(walked) and bool(links) and links[-1].decision.previous is None
     standings = _replay(links[::-1], is_whole, report)
     wanted = _choose_commits(links, standings.get(model, Standing()), model, artifacts, report)
+    erased = _check_splits(links, made, store, artifacts == ALL, report)
     for link in links:
         if link.commit in wanted:
             report.audited.append(link.name)
-            store.check(made[link.commit], report.noting(link.name, "artifact", link.commit))
+            note = report.noting(link.name, "artifact", link.commit)
+            store.check(link.name, made[link.commit], erased.get(link.commit, {}), note)
     check_tags(root, found, walked, standings, is_whole, report)
     check_histories(root, walked, report)
     check_replacements(root, reader, report)
     if remote:
         check_remote(root, remote, found, walked, tuple(standings), report)
     return report
+
+
+def _check_splits(
+    links: list[Link], made: dict[str, tuple[Material, ...]], store: Store, everything: bool, report: Report
+) -> dict[str, dict[str, int]]:
+    """How many images that are erased by now the files of each decision held, by commit and path.
+
+    With `everything`, also whether images stayed in their splits from each run of a model to the next.
+    """
+    from flows.registry import splits  # brings pandas
+
+    def known(link: Link) -> "pa.Table | None":
+        try:
+            return splits.read_cached(store.cached, made[link.commit])
+        except WeighinError as error:
+            report.noting(link.name, "artifact", link.commit)(str(paths.LEDGER), "a ledger of splits", str(error))
+            return None
+
+    held: dict[str, dict[str, int]] = {}
+    for model in {link.decision.model for link in links}:
+        own = [link for link in links if link.decision.model == model]
+        runs = [link for link in own if link.decision.outcome in splits.RUNS]
+        erased = splits.erased_in(known(runs[0])) if runs else set()
+        if erased:
+            held |= {link.commit: splits.find_erased(known(link), erased) for link in own}
+        before = None
+        for link in reversed(runs) if everything else ():
+            after = known(link)
+            if before is not None and after is not None:
+                splits.check_growth(before, after, report.noting(link.name, "artifact", link.commit))
+            before = after if after is not None else before
+    return held
 
 
 def _require_decided(model: str, links: list[Link]) -> None:

@@ -9,7 +9,7 @@ from flows import dvc_bridge
 from flows.registry import git, materials, provenance
 from flows.registry.audit_record import Reader
 from flows.registry.chain import Link
-from flows.registry.findings import Note, Report
+from flows.registry.findings import Note, Report, count
 from flows.registry.materials import Material
 from tasks.core import files, paths
 from tasks.core.errors import WeighinError
@@ -24,17 +24,24 @@ class Store:
         self.remote = dvc_bridge.remote(root) if remotely else None
         self.known: dict[tuple[str, bool], tuple[str | None, str | None]] = {}
 
-    def check(self, outputs: tuple[Material, ...], note: Note) -> None:
-        """Every artifact is there, and hashes to what was recorded."""
+    def check(self, name: str, outputs: tuple[Material, ...], erased: dict[str, int], note: Note) -> None:
+        """Every artifact of the decision called `name` is there, and hashes to what was recorded.
+
+        One that held images which are `erased` by now, so many by path, may be gone: that is told.
+        """
         for material in outputs:
             here, there = self._hash_both(material)
             expected = material.hash
-            if here is None and there is None:
+            gone = material.path in erased and (there if self.remote else here) is None
+            if gone:
+                images = count(erased[material.path], "image")
+                self.report.erased.append(f"{name}: {material.path} is gone, and held {images} erased on request")
+            if here is None and there is None and not gone:
                 where = "DVC's cache and remote" if self.remote else "DVC's cache (`dvc fetch`, or --remote)"
                 note(material.path, expected, f"missing in {where}")
             elif here not in (None, expected):
                 note(material.path, expected, f"{here} in DVC's cache, {self.cached(material.md5)}")
-            if self.remote and there is None and here is not None:
+            if self.remote and there is None and here is not None and not gone:
                 note(material.path, expected, "missing in DVC's remote")
             elif there not in (None, expected):
                 note(material.path, expected, f"{there} in DVC's remote")

@@ -72,11 +72,11 @@ def _model(decision: Decision, params: Recorded, benchmark: Benchmark) -> Json:
                 "modelArchitecture": f"{params.finetune.backbone}, pruned and quantized to int8, ONNX",
                 "datasets": [{"ref": "images"}, {"ref": "test"}],
                 "inputs": [{"format": "image: float32 (batch, C, H, W), scaled and normalised"}],
-                "outputs": [{"format": f"logits: float32 (batch, {len(params.classes)})"}],
+                "outputs": [{"format": f"logits: float32 (batch, {len(params.classes or benchmark.classes)})"}],
             },
             "quantitativeAnalysis": {"performanceMetrics": list(_performance(benchmark))},
             "considerations": {
-                "useCases": list(uses(params)),
+                "useCases": list(uses(params, benchmark)),
                 "technicalLimitations": list(limitations(params)),
                 "performanceTradeoffs": list(trades(decision, params)),
             },

@@ -12,7 +12,7 @@ def model_card(decision: Decision, checks: Iterable[Check], benchmark: Benchmark
     """The model card, Markdown."""
     weighed = benchmark.stages | ({"champion": benchmark.champion} if benchmark.champion else {})
     sections = {
-        "Intended use": [*(f"- {line}" for line in uses(params)), *(f"- {line}" for line in limitations(params))],
+        "Intended use": [f"- {line}" for line in (*uses(params, benchmark), *limitations(params))],
         "Stages": [
             *table("stage", "top-1", "size", "latency (p50)"),
             *(
@@ -66,12 +66,9 @@ def trades(decision: Decision, params: Recorded) -> Iterator[str]:
         )
 
 
-def uses(params: Recorded) -> Iterator[str]:
-    side = params.finetune.image_size
-    yield (
-        f"Images scaled to {side}x{side} pixels, each of one class of {len(params.classes)}: "
-        f"{escape(', '.join(params.classes))}."
-    )
+def uses(params: Recorded, benchmark: Benchmark) -> Iterator[str]:
+    names, side = params.classes or benchmark.classes, params.finetune.image_size
+    yield (f"Images scaled to {side}x{side} pixels, each of one class of {len(names)}: {escape(', '.join(names))}.")
 
 
 def limitations(params: Recorded) -> Iterator[str]:

@@ -166,6 +166,7 @@ class Benchmark(BaseModel):
 
     stages: dict[str, Metrics]
     champion: Metrics | None = None
+    classes: tuple[str, ...] = ()  # not named by schema 1 and 2
 
 
 def parse_document(kind: type[Document], data: bytes | str, name: Path | str) -> Document:

@@ -35,6 +35,7 @@ class Report:
     bytes_hashed: int = 0
     findings: list[Finding] = field(default_factory=list)
     unjudged: int = 0  # decisions whose verdicts could not be judged again
+    erased: list[str] = field(default_factory=list)  # artifacts that are gone with images that were to be erased
 
     def noting(self, decision: str, scope: Scope, commit: str | None = None) -> Note:
         """Return the function that notes damage of that decision."""
@@ -79,6 +80,8 @@ def summarize(report: Report) -> str:
     )
     if report.unjudged:
         looked += f"; checked, not judged again: {report.unjudged} of {report.decisions}"
+    if report.erased:
+        looked += f"; erased on request: {count(len(report.erased), 'artifact')}"
     if report.damage:
         return f"{count(len(report.damage), 'finding')} in {looked}, {when}"
     return f"everything holds: {looked}, {when}"

@@ -1,7 +1,8 @@
 """Judges: a verdict is judged again by the judge of its own schema, which is kept here as long as there are records.
 
-Recorded code is never run. Schema 4 is judged by the gate of today; up to schema 3 images without a value in a column
-were a slice; schema 2 knew no packed file; schema 1, which named no version, compared with no champion.
+Recorded code is never run. Schema 5 is judged by the gate of today; schema 4 did not tell new test images from others;
+up to schema 3 images without a value in a column were a slice; schema 2 knew no packed file; schema 1, which named no
+version, compared with no champion.
 """
 
 import json
@@ -18,7 +19,7 @@ from tasks.gate import Evidence
 
 # The schemas of verdicts that a decision may have of its own, by the schema of decision.json.
 # These are numbers and not the gate's own: what was once recorded stays allowed when the gate's schema moves on.
-VERDICTS = {0: (1,), 1: (2, 3), 2: (3, 4)}
+VERDICTS = {0: (1,), 1: (2, 3), 2: (3, 4, 5)}
 
 
 class Unjudged(RegistryError):
@@ -31,10 +32,10 @@ def judge_again(schema: int, evidence: Evidence, params: Any) -> Json:
     `params` is the content of the recorded params.yaml.
     """
     try:
-        classes = tuple(params["classes"])
+        classes = gate.classes_of(params["classes"], evidence.report)
         if schema == 1:
             return _judge_1(evidence, params["gate"], classes)
-        if schema not in (2, 3, 4):
+        if schema not in (2, 3, 4, 5):
             raise Unjudged(f"there is no judge for verdicts of schema {schema} here")
         limits = config.Gate.model_validate(params["gate"])
     except ValidationError as error:
@@ -43,6 +44,8 @@ def judge_again(schema: int, evidence: Evidence, params: Any) -> Json:
     except (KeyError, TypeError) as error:
         raise Unjudged(f"its params.yaml lacks what the gate of then read: {error}") from None
     verdict = gate.gate(evidence, limits, classes, missing_is_a_slice=schema < 4).to_json()
+    if schema < 5:
+        del verdict["test_parts"], verdict["class_change"]
     return (verdict if schema > 2 else _without_packed_file(verdict)) | {"schema_version": schema}
 
 

@@ -54,9 +54,10 @@ def backward(root: Path, model: str, version: str) -> list[Json]:
 def forward(root: Path, file: Path) -> list[dict[str, str]]:
     """Every decision whose model saw the file, newest first: a source file, or one image by its path in the source.
 
-    Each has `decision`, `outcome`, `path`, and `split`: which of train, val and test the image was in, or `all` for a
-    source file that holds many. The same bytes under another name count too. An image is found in the manifest, in
-    DVC's cache; `RegistryError` if that is missing, or if there is no registry.
+    Each has `decision`, `outcome`, `path`, `split`, which is the one of train, val and test that the image was in, or
+    `all` for a source file that holds many, and `pixels_sha256`, which is "" for such a file. The same bytes under
+    another name count too. An image is found in the manifest, in DVC's cache; `RegistryError` if that is missing, or if
+    there is no registry.
     """
     if (root / file).is_dir():
         raise RegistryError(f"{file} is a folder: name one file in it")
@@ -77,7 +78,7 @@ def forward(root: Path, file: Path) -> list[dict[str, str]]:
                 seen[manifest.md5, source] = _images(path, source, file, sha256)
             found = seen[manifest.md5, source] or _files(_sources(root, link.decision, made_of), file, sha256)
             what = {"decision": link.name, "outcome": link.decision.outcome}
-            rows += [what | {"path": path, "split": split} for path, split in found]
+            rows += [what | {"path": path, "split": split, "pixels_sha256": pixels} for path, split, pixels in found]
     return rows
 
 
@@ -90,15 +91,15 @@ def _sources(root: Path, decision: Decision, made_of: Materials) -> dict[str, st
     return materials.list_sources(root, made_of) if decision.schema_version else {}
 
 
-def _files(sources: dict[str, str], file: Path, sha256: str | None) -> list[tuple[str, str]]:
-    return [(path, "all") for path, one in sources.items() if path == file.as_posix() or one == sha256]
+def _files(sources: dict[str, str], file: Path, sha256: str | None) -> list[tuple[str, str, str]]:
+    return [(path, "all", "") for path, one in sources.items() if path == file.as_posix() or one == sha256]
 
 
-def _images(manifest: Path, source: str, file: Path, sha256: str | None) -> list[tuple[str, str]]:
+def _images(manifest: Path, source: str, file: Path, sha256: str | None) -> list[tuple[str, str, str]]:
     """The rows of a manifest that are this image, by its bytes or by its path in the source or from here."""
-    table = pq.read_table(manifest, columns=["path", "sha256", "split"]).to_pylist()
+    table = pq.read_table(manifest, columns=["path", "sha256", "split", "pixels_sha256"]).to_pylist()
     return [
-        (row["path"], row["split"] or "set aside")
+        (row["path"], row["split"] or "set aside", row["pixels_sha256"] or "")
         for row in table
         if row["sha256"] == sha256 or file in (Path(row["path"]), Path(source) / row["path"])
     ]

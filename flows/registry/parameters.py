@@ -5,8 +5,9 @@ without breaking what was recorded with it. A key that is read here and gets ano
 """
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tasks.core import config, paths
 from tasks.core.errors import ParamsError, RegistryError
@@ -73,7 +74,7 @@ class Recorded(Part):
     """What the registry uses of a recorded `params.yaml`; `content` is all of it."""
 
     model: str
-    classes: tuple[str, ...]
+    classes: Annotated[tuple[str, ...] | None, BeforeValidator(config.read_auto)] = None
     ingest: Ingest
     finetune: Finetune
     benchmark: Benchmark

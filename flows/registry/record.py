@@ -144,6 +144,17 @@ class Registry:
         champion.lay_champion(self.root, self.model, standing, chosen)
         return chosen
 
+    def lay_splits(self, other: str | None, *, is_current: bool) -> bool:
+        """Write which image is in which split to data/splits for `ingest`; return whether something was written.
+
+        That is what the runs of this model and of the `other`, which training starts with, have recorded. If ingest
+        `is_current` and knows all of it, nothing is written.
+        """
+        from flows.registry import splits  # brings pandas
+
+        models = dict.fromkeys((self.model, *([other] if other else [])))
+        return splits.lay_splits(self.root, self.look().links, models, is_current=is_current)
+
     def lay_start(self, weights: Path) -> str:
         """Write `weights` of the production version to data/start, for `finetune`; return which version that is."""
         return champion.lay_start(self.root, self.model, self.look().standing, weights)
@@ -192,6 +203,8 @@ class Registry:
         return None
 
     def _record(self, view: View, contents: dict[str, bytes], verdict: Verdict) -> Decision:
+        from flows.registry import splits  # brings pandas
+
         params, standing = config.load(self.root / paths.PARAMS), view.standing
         outcome: Outcome = "refused" if not verdict.is_pass else "held" if params.gate.approval else "promoted"
         promoted, production = outcome == "promoted", standing.production
@@ -217,6 +230,7 @@ class Registry:
             **fields,
         )
         made_of = materials.read(self.root, contents["dvc.lock"])
+        splits.require_grown(self.root, view.links, self.model, made_of.outputs)
         bundle = _bundle(self.root, decision, contents, verdict, made_of)
         if self.remote:
             push_outputs(view, made_of.outputs)

@@ -87,6 +87,7 @@ def reproduce(root: Path, model: str, version: str, say: Callable[[str], None] =
             files.write_bytes(clean / path, record[path])
         _lay_champion(root, view.standing, record, clean)
         _lay_start(root, made_of, params.finetune.weights.stage, clean)
+        _lay_splits(root, commit, made_of, clean, tag)
         _bring_sources(root, clean, params.ingest.path, made_of)
         say(f"reproducing {tag} in {clean}")
         _run(clean, say)
@@ -126,6 +127,12 @@ def _lay_start(root: Path, made_of: Materials, stage: str, clean: Path) -> None:
     if (found := files.sha256(clean / paths.START)) != start["sha256"]:
         raise RegistryError(f"{paths.weights(stage)} of {name} has SHA-256 {found}, but {start['sha256']} was recorded")
     files.write_bytes(clean / paths.START_VERSION, start["version"].encode())
+
+
+def _lay_splits(root: Path, commit: str, made_of: Materials, clean: Path, name: str) -> None:
+    """The ledger of splits as the run left it: with nothing new in the source, ingest comes to the same again."""
+    if any(one.path == paths.LEDGER.as_posix() for one in made_of.outputs):
+        dvc_bridge.copy_output(root, commit, paths.LEDGER, clean / paths.KNOWN_SPLITS, name)
 
 
 def _lay_champion(root: Path, standing: Standing, record: dict[str, bytes], clean: Path) -> None:

@@ -17,8 +17,9 @@ from pydantic import (
     model_validator,
 )
 
+from tasks.core import files
 from tasks.core.errors import ParamsError
-from tasks.core.paths import PARAMS
+from tasks.core.paths import CLASSES, PARAMS
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -26,6 +27,7 @@ Count = Annotated[int, Field(ge=1)]
 Level = Annotated[int, Field(ge=0, le=255)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Column = Annotated[str, Field(min_length=1)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Remote = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w./-]*$")]  # a name, which git takes for no option
 
 
@@ -36,12 +38,17 @@ def _text(name: object) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def read_auto(names: object) -> object:
+    """None, which leaves the classes to the data, for the word that says so."""
+    return None if names == "auto" else names
+
+
 ClassName = Annotated[str, BeforeValidator(_text)]
 
 RESERVED = (
     *("path", "label", "image", "width", "height", "mode", "frames", "transparent", "white", "bytes", "sha256"),
     *("pixels_sha256", "perceptual_hash", "group", "split", "mean", "std", "readable", "reason"),
-    *("actual", "predicted", "champion"),
+    *("actual", "predicted", "champion", "test_part"),
 )
 
 
@@ -82,6 +89,7 @@ class Ingest(Section):
         65535, description="the value that is white in files of 16 bits, such as 4095 where 12 are used"
     )
     seed: Seed = Field(description="decides which image goes to which split")
+    erased: tuple[Sha256, ...] = Field((), description="pixels_sha256 of images to leave out for good, on request")
 
     @field_validator("columns")
     @classmethod
@@ -320,6 +328,7 @@ class Gate(Section):
     bootstrap: bool = Field(False, description="allow the first promotion, which has no champion to be compared with")
     approval: bool = Field(False, description="what passes is held until somebody puts their name to it")
     min_top1: Fraction
+    min_balanced_accuracy: Fraction | None = Field(None, description="mean over the classes of the share that is right")
     max_top1_drop: Fraction = Field(description="against the fine-tuned model")
     max_size_bytes: Count
     max_zst_bytes: Count | None = Field(None, description="of the file packed by Zstandard, as a device may fetch it")
@@ -329,7 +338,7 @@ class Gate(Section):
         0.001, description="of any logit, between the benchmark and a fresh process"
     )
     champion: Comparison
-    slices: dict[Column, Slice] = Field(description="by column: label, or one of ingest.columns")
+    slices: dict[Column, Slice] = Field(description="by column: label, test_part, or one of ingest.columns")
 
 
 class Registry(Section):
@@ -345,7 +354,11 @@ class Params(Section):
     """The whole of `params.yaml`."""
 
     model: str = Field(pattern="^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", description="the model's name in the registry")
-    classes: tuple[ClassName, ...] = Field(min_length=2, description="label names in the order of the model's outputs")
+    classes: Annotated[tuple[ClassName, ...] | None, BeforeValidator(read_auto)] = Field(
+        None,
+        min_length=2,
+        description="label names in the order of the outputs; auto: what ingest finds, sorted",
+    )
     ingest: Ingest
     validate_: Validate = Field(alias="validate")
     finetune: Finetune
@@ -358,9 +371,19 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _slices_by_columns_that_are_carried(self) -> Self:
-        unknown = next((name for name in self.gate.slices if name not in ("label", *self.ingest.columns)), None)
+        unknown = next(
+            (name for name in self.gate.slices if name not in ("label", "test_part", *self.ingest.columns)), None
+        )
         if unknown:
-            raise ValueError(f"gate.slices has the column {unknown!r}, which is neither label nor in ingest.columns")
+            raise ValueError(
+                f"gate.slices has the column {unknown!r}, which is neither label nor test_part nor in ingest.columns"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _names_for_numbers(self) -> Self:
+        if self.classes is None and self.ingest.kind == "idx":
+            raise ValueError("classes must list the names for ingest.kind idx, whose labels are numbers")
         return self
 
     @model_validator(mode="after")
@@ -371,7 +394,8 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _distinct_classes(self) -> Self:
-        twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
+        names = self.classes or ()
+        twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"class {twice[0]!r} is listed twice")
         return self
@@ -380,6 +404,18 @@ class Params(Section):
 def load(path: Path = PARAMS) -> Params:
     """The parameters in `path`, checked; `ParamsError` names the first key that is wrong and what it should be."""
     return read(read_bytes(path), path)
+
+
+def class_names(params: Params) -> tuple[str, ...]:
+    """The classes in the order of the model's outputs: those that params.yaml lists, or else those that ingest found.
+
+    `ParamsError` if it lists none, and ingest has not run.
+    """
+    if params.classes is not None:
+        return params.classes
+    if not CLASSES.exists():
+        raise ParamsError(f"{CLASSES} is missing: list classes in {PARAMS}, or run the pipeline first")
+    return tuple(files.read_json(CLASSES))
 
 
 def read_bytes(path: Path) -> bytes:

@@ -11,6 +11,9 @@ VAL = PREPARED / "val.parquet"
 TEST = PREPARED / "test.parquet"
 MANIFEST = PREPARED / "manifest.parquet"
 SOURCES = PREPARED / "sources.json"
+CLASSES = PREPARED / "classes.json"
+LEDGER = PREPARED / "ledger.parquet"
+KNOWN_SPLITS = DATA / "splits" / "ledger.parquet"  # the ledger that ingest's grows from
 
 DEVICE = DATA / "device.json"
 RECIPES = DATA / "recipes"

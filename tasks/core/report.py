@@ -24,6 +24,8 @@ class Measurements(Latency):
     """What one model's file weighs: accuracy on the test split, latency, what loading costs, bytes and operators."""
 
     top1: float
+    balanced_accuracy: float  # mean recall over the classes that have images
+    macro_f1: float  # mean F1 over the classes that have images or are answered
     class_recall: dict[str, float | None]  # None for a class without images
     confusion: list[list[int]]  # rows: true class
     load_ms: float
@@ -44,10 +46,12 @@ class Report(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    schema_version: Literal[2] = 2  # those of schema 1 named no version
+    schema_version: Literal[3] = 3  # schema 1 named no version, and 2 had top-1 alone of the means
     profile: dict[str, object]  # `benchmark` in params.yaml
     machine: dict[str, str]
     data_sha256: str
+    classes: tuple[str, ...]  # in the order of the model's outputs
+    champion_classes: tuple[str, ...] | None
     champion: Measurements | None
     float32: Latency  # of a model of the reduced one's shape
     stages: dict[str, Measurements]

@@ -66,7 +66,9 @@ def render(image: Image.Image, background: tuple[int, int, int] | None, white_le
     The argument is used up. `ValueError` if the range of its pixels is not known.
     """
     ImageOps.exif_transpose(image, in_place=True)  # else it copies what is upright
-    if image.mode.startswith("I;16"):
+    own_white = image.mode == "I" and image.format == "PPM"  # its file says what is white, and Pillow makes that 65535
+    if own_white or image.mode.startswith("I;16"):
+        white_level = WHITE_LEVEL if own_white else white_level
         levels = np.asarray(image).astype(np.uint32) * 256 // (white_level + 1)  # convert() would clip, not scale
         return Image.fromarray(np.minimum(levels, 255).astype(np.uint8))
     if image.mode in ("I", "F"):

@@ -70,7 +70,7 @@ class Source:
     """
 
     params: config.Ingest
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # none, if they are left to the source
     files: tuple[File, ...]
     passed_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unmatched: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class Source:
             yield Item(file.name, label, file.path.read_bytes(), split, row.group, row.columns)
 
 
-def open_source(params: config.Ingest, classes: tuple[str, ...]) -> Source:
+def open_source(params: config.Ingest, classes: tuple[str, ...] = ()) -> Source:
     """The source that the parameters name; `StageError` if it is missing, not of its kind, or not as its table says."""
     source = Path(params.path)
     if not source.exists():

@@ -295,11 +295,11 @@ def measure(models: dict[str, Path], params: config.Params) -> dict[str, dict[st
 
 
 def weighed(model: Path, params: config.Params, times: Any) -> dict[str, float]:
-    actual, _ = splits.columns(TEST, params.classes)
+    actual, _ = splits.columns(TEST, config.class_names(params))
     predicted = benchmark.answers(model, TEST, params.benchmark.threads)
     weight = benchmark.weight(model)
     return {
-        "top1": benchmark.accuracy(actual, predicted, params.classes)["top1"],
+        "top1": benchmark.accuracy(actual, predicted, config.class_names(params))["top1"],
         "size_bytes": weight["size_bytes"],
         "zst_bytes": weight["zst_bytes"],
         "latency_p50_ms": benchmark.latency(times).latency_p50_ms,

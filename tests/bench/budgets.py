@@ -190,7 +190,9 @@ def main() -> None:
     params = params.model_copy(update={"prune": params.prune.model_copy(update={"recovery": recovery})})
     training.make_deterministic(SEED)
     teacher, spec = backbone.load(paths.weights("finetune"), paths.spec("finetune"))
-    calibration = quantize.calibration_images(paths.TRAIN, params.classes, params.quantize.calibration_images)
+    calibration = quantize.calibration_images(
+        paths.TRAIN, config.class_names(params), params.quantize.calibration_images
+    )
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
         path = Path(scratch) / paths.DEVICE.name
         profile.profile(params, path)

@@ -72,7 +72,7 @@ def task(name: str, folder: Path) -> Task:
     if not Path(source.path).exists():
         raise StageError(f"{source.path} does not exist: run `make digits` first")
     folder.mkdir()
-    parts = {part: folder / f"{part}.parquet" for part in ("train", "val", "test", "manifest")}
+    parts = {part: folder / f"{part}.parquet" for part in ("train", "val", "test", "manifest", "ledger")}
     ingest.ingest(source, params.classes, params.validate_.max_side, parts)
     preprocessing = backbone.preprocessing(NETWORK, params.finetune.image_size)
     spec = backbone.Spec(backbone=NETWORK, classes=params.classes, preprocessing=preprocessing, weights={})

@@ -127,11 +127,14 @@ def described(source: Path, target: Path, original: onnx.ModelProto) -> None:
 def weighed(model: Path, copy: Path, original: onnx.ModelProto, params: config.Params) -> dict[str, Any]:
     """Top-1 on the test split and `benchmark.weight`, of a copy with metadata; `StageError` if it does not run."""
     test = ROOT / paths.TEST
-    actual, _ = splits.columns(test, params.classes)
+    actual, _ = splits.columns(test, config.class_names(params))
     try:
         described(model, copy, original)
         predicted = benchmark.answers(copy, test, params.benchmark.threads)
-        return {"top1": benchmark.accuracy(actual, predicted, params.classes)["top1"], **benchmark.weight(copy)}
+        return {
+            "top1": benchmark.accuracy(actual, predicted, config.class_names(params))["top1"],
+            **benchmark.weight(copy),
+        }
     except Exception as error:
         # what may be wrong with a file of others has no common base but Exception
         raise StageError(first_line(error)) from None
