@@ -314,6 +314,28 @@ def lineage(
 
 
 @app.command()
+def reduce(
+    file: Annotated[Path, typer.Argument(help="A quantized ONNX file (QDQ), whose dead channels are zero.")],
+    output: Annotated[Path | None, typer.Option(help="Where to write; FILE.reduced.onnx if left out.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Leave constants as they are.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what is dead in an ONNX file of your own, and pack its constants, as the stage reduce does.
+
+    The result gives the same bits as the file on 200 random inputs, or nothing is written.
+
+    Example: `weighin reduce model.onnx --output small.onnx`
+    """
+    with _sentences():
+        from tasks.reduce import reduce_file
+
+        target = output or file.with_suffix(".reduced.onnx")
+        found = reduce_file(file, target, pack=not plain)
+        text = f"reduce: {found['size_bytes_before']:,} to {found['size_bytes_after']:,} bytes, in {target}"
+        _print(found, as_json, lambda _: print(text))
+
+
+@app.command()
 def profile(params: ParamsFile = paths.PARAMS, as_json: AsJson = False) -> None:
     """Measure this machine for `compress`: each int8 layer of the backbone at each width, and whole networks.
 

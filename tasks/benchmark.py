@@ -19,7 +19,7 @@ from tasks.core import config, files, machine, paths
 from tasks.core.errors import StageError, run
 from tasks.core.progress import track
 from tasks.core.report import Latency, Measurements, Report
-from tasks.graphs import graph
+from tasks.graphs import graph, packing
 from tasks.graphs.optimized import optimize
 from tasks.images import splits
 from tasks.images.preprocessing import batch_of
@@ -121,7 +121,7 @@ def latency(times_ms: npt.NDArray[np.float64]) -> Latency:
 def weight(model: Path) -> dict[str, Any]:
     """Bytes, parameters, multiply-accumulates and the operators of the optimized graph."""
     data = model.read_bytes()
-    proto = onnx.load_from_string(data)
+    proto = packing.unpack(onnx.load_from_string(data))
     params, nonzero = graph.parameters(proto)
     return {
         "sha256": files.sha256(model),
@@ -146,7 +146,7 @@ def benchmark(
     session.open_session(models["reduce"], profile.threads)  # a file that is no model ends here, in one sentence
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
         in_float = Path(scratch) / "float32.onnx"
-        in_float.write_bytes(graph.in_float(onnx.load(models["reduce"])).SerializeToString())
+        in_float.write_bytes(graph.in_float(packing.unpack(onnx.load(models["reduce"]))).SerializeToString())
         times = latencies(weighed | {FLOAT32: in_float}, profile)
     actual, columns = splits.columns(test, classes)
     predicted: dict[str, list[str]] = {}

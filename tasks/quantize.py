@@ -14,7 +14,7 @@ import onnx
 from tasks.budget.plan import read_plan
 from tasks.core import config, files, paths, shares
 from tasks.core.errors import StageError, run
-from tasks.graphs import calibration, codebook, graph, rounding
+from tasks.graphs import calibration, codebook, compact, graph, rounding
 from tasks.graphs.optimized import float_layers
 from tasks.images import splits
 from tasks.runtime import session
@@ -148,6 +148,7 @@ def main() -> None:
         )
     quantized, history = choose_model(calibrated, original, params, val_top1)
     final = with_codebook(quantized, params.codebook)
+    compact.round_biases(final)
     left = write(final, paths.onnx("quantize"), len(float32))
     if left:
         print(f"matrix products that stay in float: {', '.join(left)}")

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tasks.core import config, files
 from tasks.core.errors import StageError
-from tasks.graphs import graph, rounding
+from tasks.graphs import compact, graph, rounding
 from tasks.graphs.calibration import BATCH, Reader, check_scales, images_at_once, quantize, sensitivities
 from tasks.graphs.optimized import float_layers
 from tasks.images.preprocessing import Preprocessing, preprocess
@@ -353,6 +353,31 @@ def test_images_that_are_not_finite_are_refused(
         quantize(network.path, images, replace(network.preprocessing, **change), CALIBRATION)  # type: ignore[arg-type]
 
 
+def test_float16_holds_steps_and_biases(networks: Networks, images: list[bytes]) -> None:
+    """A step is the next one up, so that no code is clipped; each code is that of the weight on the new step."""
+    network = networks("mobilenetv2_050")
+    made = quantize(network.path, images, network.preprocessing, CALIBRATION)
+    floats, constants = graph.initializers(onnx.load(network.path)), graph.Constants(made)
+    makers = {node.output[0]: node for node in made.graph.node}
+    seen = 0
+    for node in made.graph.node:
+        if node.op_type != "Conv" or len(node.input) < 3:
+            continue
+        weight, bias = (constants.dequantized[name] for name in node.input[1:3])
+        codes, step = (numpy_helper.to_array(constants.tensors[name]) for name in weight.input[:2])
+        assert np.array_equal(step, step.astype(np.float16).astype(np.float32))
+        exact = numpy_helper.to_array(floats[weight.input[0].removesuffix("_quantized")])
+        shaped = step.reshape(-1, 1, 1, 1)
+        assert (abs(exact - codes * shaped).max(axis=(1, 2, 3)) <= step * 0.5001).all()
+        source = numpy_helper.to_array(constants.tensors[makers[node.input[0]].input[1]])
+        number, own = (numpy_helper.to_array(constants.tensors[name]) for name in bias.input[:2])
+        assert np.array_equal(own, np.asarray(source * step, np.float32))
+        value = numpy_helper.to_array(floats[bias.input[0].removesuffix("_quantized")])
+        assert np.array_equal(number, np.rint(value.astype(np.float16).astype(np.float64) / own).astype(np.int32))
+        seen += 1
+    assert seen > 20
+
+
 @pytest.mark.parametrize("scale", [np.nan, np.inf, 0.0, -1.0])
 def test_a_scale_that_is_no_positive_number_is_refused(scale: float) -> None:
     nodes = [helper.make_node("QuantizeLinear", ["features", "scale"], ["codes"])]
@@ -374,7 +399,9 @@ def test_layers_that_are_left_in_float(
     mixed = quantize(network.path, images, network.preprocessing, CALIBRATION, kept)
     constants, original = graph.initializers(mixed), graph.initializers(onnx.load(network.path))
     for name in kept:
-        assert constants[f"{name}.weight"] == original[f"{name}.weight"]
+        values = numpy_helper.to_array(original[f"{name}.weight"])
+        halves = values.astype(np.float16).astype(np.float32)
+        assert np.array_equal(numpy_helper.to_array(constants[f"{name}.weight"]), halves)
     onnx.save(mixed, tmp_path / "mixed.onnx")
     assert len(float_layers(tmp_path / "mixed.onnx")) == len(kept)
 
@@ -398,6 +425,7 @@ def test_the_stage_leaves_the_model_and_its_numbers(repository: Repository, netw
     chosen = [png(int(seed)) for seed in np.linspace(0, 69, 64).astype(int)]
     params = CALIBRATION.model_copy(update={"percentile": 99.999})
     expected = quantize(network.path, chosen, network.preprocessing, params)
+    compact.round_biases(expected)
     assert repository.model("quantize").read_bytes() == expected.SerializeToString()
     report = json.loads(repository.report("quantize").read_text())
     ready = session.open_session(repository.model("quantize"), 1)

@@ -279,6 +279,14 @@ class Quantize(Section):
         return self
 
 
+class Reduce(Section):
+    """What the file looks like; it computes the same to the bit either way."""
+
+    pack: Literal["auto", "plain"] = Field(
+        "auto", description="auto: constants in fewer bits, where that is smaller, which ONNX Runtime unpacks at load"
+    )
+
+
 class Benchmark(Section):
     """The device profile."""
 
@@ -365,6 +373,7 @@ class Params(Section):
     compress: Compress | None = Field(description="a budget; null: prune has the shares themselves")
     prune: Prune
     quantize: Quantize
+    reduce: Reduce = Reduce()
     benchmark: Benchmark
     gate: Gate
     registry: Registry = Registry()

@@ -79,8 +79,9 @@ def quantize(
 ) -> onnx.ModelProto:
     """int8 QDQ: signed weights per channel, unsigned activations per tensor, ranges by percentile.
 
-    The layers in `float32` stay as they are. With `params.factor` the weights are rounded by it instead. Krishnamoorthi
-    2018, arXiv:1806.08342, for the scheme. `StageError` if a range is missing or not finite.
+    The steps of weights, the biases and the layers in `float32`, which are not quantized, have values that float16
+    holds. With `params.factor` the weights are rounded by it instead. Krishnamoorthi 2018, arXiv:1806.08342, for the
+    scheme. `StageError` if a range is missing or not finite.
     """
     quantized = calibrate(model, images, preprocessing, params, float32)
     original = onnx.load(model)
@@ -88,7 +89,9 @@ def quantize(
     graph.strip(quantized)
     onnx.helper.set_model_props(quantized, properties)
     check_scales(quantized)
-    if params.factor is not None:
+    if params.factor is None:
+        rounding.round_to_halves(quantized, original)
+    else:
         rounding.apply(quantized, original, params.factor)
     return quantized
 

@@ -2,13 +2,14 @@
 
 import itertools
 import sys
+from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
 from tasks.graphs import graph
+from tasks.graphs.rounding import as_half
 
 
 def drop_implied_constants(model: onnx.ModelProto) -> None:
@@ -24,13 +25,29 @@ def drop_implied_constants(model: onnx.ModelProto) -> None:
             continue
         for name in node.input[1:]:
             _drop_zero_point(constants.dequantized.get(name), constants)
-        if len(node.input) > 2 and (bias := _float_bias(node, makers, constants)) is not None:
-            node.input[2] = f"{node.input[2]}.float"
-            model.graph.initializer.append(numpy_helper.from_array(bias, node.input[2]))
+        if len(node.input) > 2:
+            _float_bias(node, makers, constants)
     for node in model.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not constants.tensors[node.input[1]].dims:
             del node.attribute[:]  # the axis, which one scale for all has no use for
+        if node.op_type == "Conv":
+            _drop_default_attributes(node)
     graph.drop_dead(model)
+
+
+def _drop_default_attributes(conv: onnx.NodeProto) -> None:
+    """What a convolution does without being told, and the size of its kernel, which its weights have."""
+    kept = [
+        one
+        for one in conv.attribute
+        if one.name not in ("kernel_shape", "auto_pad")
+        and not (one.name in ("strides", "dilations") and set(one.ints) == {1})
+        and not (one.name == "pads" and not any(one.ints))
+        and not (one.name == "group" and one.i == 1)
+    ]
+    if all(one.s in (b"", b"NOTSET") for one in conv.attribute if one.name == "auto_pad"):
+        del conv.attribute[:]
+        conv.attribute.extend(kept)
 
 
 def _drop_zero_point(dequantizer: onnx.NodeProto | None, constants: graph.Constants) -> None:
@@ -40,10 +57,23 @@ def _drop_zero_point(dequantizer: onnx.NodeProto | None, constants: graph.Consta
             del dequantizer.input[2]
 
 
+def round_biases(model: onnx.ModelProto) -> None:
+    """Give convolutions float biases that float16 holds, where ONNX Runtime makes the same int32 of them, in place."""
+    constants = graph.Constants(model)
+    makers = {node.output[0]: node for node in model.graph.node}
+    for node in model.graph.node:
+        if node.op_type == "Conv" and len(node.input) > 2:
+            _float_bias(node, makers, constants, as_half)
+    graph.drop_dead(model)
+
+
 def _float_bias(
-    conv: onnx.NodeProto, makers: dict[str, onnx.NodeProto], constants: graph.Constants
-) -> npt.NDArray[np.float32] | None:
-    """The bias as float32; None if ONNX Runtime would not come back from it to the same int32."""
+    conv: onnx.NodeProto,
+    makers: dict[str, onnx.NodeProto],
+    constants: graph.Constants,
+    rounded: Callable[[graph.Array], graph.Array] = np.asarray,
+) -> None:
+    """Make the bias float32, in place, if ONNX Runtime would come back from it to the same int32."""
     nodes = [makers.get(name) for name in conv.input[:3]]
     scales = [
         constants.read(node.input[1]) if node is not None and node.op_type == "DequantizeLinear" else None
@@ -52,11 +82,12 @@ def _float_bias(
     codes = constants.read(conv.input[2])
     source, weight, own = scales
     if source is None or weight is None or own is None or codes is None or codes.dtype != np.int32:
-        return None
+        return
     made = np.asarray(source * weight, np.float32)  # by ONNX Runtime, from a float bias
-    bias = np.asarray(codes.astype(np.float32) * own, np.float32)
-    same = np.array_equal(made, own) and np.array_equal(np.rint(bias / made), codes)
-    return bias if same else None
+    bias = rounded(np.asarray(codes.astype(np.float32) * own, np.float32))
+    if np.array_equal(made, own) and np.array_equal(np.rint(bias / made), codes):
+        conv.input[2] = f"{conv.input[2]}.float"
+        constants.model.graph.initializer.append(numpy_helper.from_array(bias, conv.input[2]))
 
 
 def merge_equal_constants(model: onnx.ModelProto) -> None:

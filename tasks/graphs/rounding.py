@@ -1,6 +1,7 @@
-"""Round-to-integer quantization by a factor: one scale for the weights of all layers, see docs/classic_methods.md."""
+"""The grids that weights lie on: one factor for all layers (docs/classic_methods.md), or steps that float16 holds."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,40 +12,108 @@ from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX
 from tasks.core.errors import StageError
 from tasks.graphs import graph
 from tasks.graphs.codebook import LARGEST
+from tasks.graphs.graph import Array
+
+LEAST_HALF = float(np.finfo(np.float16).smallest_normal)  # below, float16 is less precise
+
+
+class Grid(NamedTuple):
+    """What an int8 weight becomes: its codes and their step, float32, one for all or one for each channel."""
+
+    dequantizer: onnx.NodeProto
+    codes: Array
+    step: Array
 
 
 def apply(quantized: onnx.ModelProto, original: onnx.ModelProto, factor: float) -> None:
     """Make every int8 weight round(w * factor), clipped to -127..127, with the one scale 1 / factor, in place.
 
-    Biases follow, on the scale of their layer's input times that of its weights. `StageError` if nothing would be left
-    of a layer's weights, or if a bias would be too large for int32.
+    Biases follow. `StageError` if nothing would be left of a layer's weights, or if a bias is too large for int32.
     """
-    constants, scale = graph.Constants(quantized), np.float32(1 / factor)
-    floats, makers = graph.initializers(original), {node.output[0]: node for node in quantized.graph.node}
-
-    def put(dequantizer: onnx.NodeProto, codes: npt.NDArray[Any], scale: np.float32) -> None:
-        for name, values in zip(dequantizer.input, (codes, np.asarray(scale), np.zeros((), codes.dtype)), strict=True):
-            constants.tensors[name].CopyFrom(numpy_helper.from_array(values, name))
-
+    grids = []
     for dequantizer, weights in round_weights(quantized, original):
         codes = np.rint(weights * factor).clip(-LARGEST, LARGEST).astype(np.int8)
         if weights.any() and not codes.any():
             raise StageError(f"quantize.factor {factor:g} leaves nothing of {_name(dequantizer)}: raise it")
-        put(dequantizer, codes, scale)
+        grids.append(Grid(dequantizer, codes, np.asarray(1 / factor, np.float32)))
+    large = _put(quantized, original, grids, lambda bias: bias)
+    if large:
+        raise StageError(f"quantize.factor {factor:g} makes {large} too large for int32: lower it")
+
+
+def round_to_halves(quantized: onnx.ModelProto, original: onnx.ModelProto) -> None:
+    """Let float16 hold the steps of weights, the biases, and the values of layers in float, in place.
+
+    Then 16 bits of each are exact in the file. A step is rounded up, so that nothing is clipped that was not. Weights
+    with a step under LEAST_HALF keep theirs.
+    """
+    constants, floats, grids = graph.initializers(quantized), graph.initializers(original), []
+    for dequantizer, weights in round_weights(quantized, original):
+        codes, step = (numpy_helper.to_array(constants[name]) for name in dequantizer.input[:2])
+        rounded, most = half_above(step), int(abs(codes.astype(int)).max())
+        if rounded.min() < LEAST_HALF:
+            continue
+        axis = int(graph.attribute(dequantizer, "axis", 1)) % codes.ndim
+        shape = [-1 if number == axis else 1 for number in range(codes.ndim)] if step.ndim else []
+        codes = np.rint(weights / rounded.reshape(shape)).clip(-most, most).astype(np.int8)
+        grids.append(Grid(dequantizer, codes, rounded))
+    large = _put(quantized, original, grids, as_half)
+    if large:
+        raise StageError(f"{large} is too large for int32 on the scale of its layer: its weights are nearly zero")
+    for tensor in quantized.graph.initializer:
+        if tensor.name in floats and tensor.data_type == onnx.TensorProto.FLOAT:
+            tensor.CopyFrom(numpy_helper.from_array(as_half(numpy_helper.to_array(tensor)), tensor.name))
+
+
+def as_half(values: Array) -> Array:
+    """The closest float32 that float16 holds; what is too large for it stays as it is."""
+    with np.errstate(over="ignore"):
+        found = values.astype(np.float16).astype(np.float32)
+    return np.where(np.isfinite(found), found, values).astype(np.float32)
+
+
+def half_above(steps: Array) -> Array:
+    """The smallest float32 that float16 holds and that is not below; what is too large for it stays as it is."""
+    with np.errstate(over="ignore"):
+        found = np.asarray(steps).astype(np.float16)
+        found = np.where(found.astype(np.float32) < steps, np.nextafter(found, np.float16(np.inf)), found)
+    return np.where(np.isfinite(found), found.astype(np.float32), steps).astype(np.float32)
+
+
+def _put(
+    quantized: onnx.ModelProto, original: onnx.ModelProto, grids: list[Grid], of_bias: Callable[[Array], Array]
+) -> str | None:
+    """Write the grids, and biases on the scale of their layer's input times the step; in place.
+
+    Returns the name of the first bias that would be too large for int32, and then leaves off.
+    """
+    constants, floats = graph.Constants(quantized), graph.initializers(original)
+    makers = {node.output[0]: node for node in quantized.graph.node}
+
+    def write(grid: Grid) -> None:
+        for name, values in zip(
+            grid.dequantizer.input, (grid.codes, grid.step, np.zeros(grid.step.shape, grid.codes.dtype)), strict=False
+        ):
+            constants.tensors[name].CopyFrom(numpy_helper.from_array(np.asarray(values), name))
+
+    steps = {grid.dequantizer.output[0]: grid.step for grid in grids}
+    for grid in grids:
+        write(grid)
     for node in quantized.graph.node:
         bias = constants.dequantized.get(node.input[2]) if len(node.input) > 2 else None
-        if node.op_type not in graph.WEIGHTED or node.input[1] not in constants.dequantized or bias is None:
+        if node.op_type not in graph.WEIGHTED or node.input[1] not in steps or bias is None:
             continue
         codes, old, source = (
             numpy_helper.to_array(constants.tensors[name]) for name in (*bias.input[:2], makers[node.input[0]].input[1])
         )
         # ONNX Runtime gives a bias that layers share to each under a new name; then what it made of it has to do.
         exact = numpy_helper.to_array(floats[_name(bias)]) if _name(bias) in floats else codes * old
-        step = np.float32(source * scale)
-        codes = np.rint(exact.astype(np.float64) / step)
+        step = np.asarray(source * steps[node.input[1]], np.float32)
+        codes = np.rint(of_bias(exact).astype(np.float64) / step)
         if abs(codes).max() > np.iinfo(np.int32).max:
-            raise StageError(f"quantize.factor {factor:g} makes {_name(bias)} too large for int32: lower it")
-        put(bias, codes.astype(np.int32), step)
+            return _name(bias)
+        write(Grid(bias, codes.astype(np.int32), step))
+    return None
 
 
 def round_weights(

@@ -45,7 +45,9 @@ class Weight(nn.Module):
 
     def codes(self) -> Tensor:
         """On the integer grid, float32."""
-        exact = self.values * self.kept / self.scale
+        # float16 holds the biases of the file, see `rounding.round_to_halves`
+        halves = self.values.half().float() if self.is_bias else self.values
+        exact = torch.where(halves.isfinite(), halves, self.values) * self.kept / self.scale
         if len(self.shared):
             borders = (self.shared[1:] + self.shared[:-1]) / 2
             return self.shared[torch.bucketize(exact, borders)] * self.kept

@@ -20,8 +20,12 @@ Images = npt.NDArray[np.float32]
 Logits = npt.NDArray[np.float32]
 
 
-def open_session(model: Path | bytes, threads: int, optimized: Path | None = None) -> ort.InferenceSession:
+def open_session(
+    model: Path | bytes, threads: int, optimized: Path | None = None, optimize: bool = True
+) -> ort.InferenceSession:
     """A CPU session with so many intra-op threads; `optimized` receives the graph that is really run.
+
+    Without `optimize` that is the one in the file.
 
     The model is a file or its content. `StageError` if ONNX Runtime does not load it.
     """
@@ -30,6 +34,8 @@ def open_session(model: Path | bytes, threads: int, optimized: Path | None = Non
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # threads of other sessions must not disturb
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized:
         options.optimized_model_filepath = str(optimized)
     try:

@@ -32,7 +32,7 @@ from tasks.budget import allocation, costs
 from tasks.budget.plan import Plan
 from tasks.core import config, files, machine, paths
 from tasks.core.errors import StageError, run
-from tasks.graphs import calibration, graph
+from tasks.graphs import calibration, graph, packing
 from tasks.images import splits
 from tasks.nets import backbone, distillation, importance, masks, training
 from tasks.nets.export import export
@@ -230,7 +230,7 @@ def own_files(job: Job, found: prune.Pruned) -> dict[str, Path]:
     """The recipe's final file, and what it would be without one of the later steps."""
     made = written(job, RECIPE, found.net, found.plan.float32)
     in_float = job.folder / "float32.onnx"
-    onnx.save(graph.in_float(onnx.load(made["reduce"])), in_float)
+    onnx.save(graph.in_float(packing.unpack(onnx.load(made["reduce"]))), in_float)
     return {
         RECIPE: made["reduce"],
         "masked, not removed": made["quantize"],
