@@ -1,6 +1,7 @@
 """Rollbacks: what goes back into production, what is recorded of it, and what stays out."""
 
 import json
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +22,35 @@ SHIPPED = paths.onnx("reduce").as_posix()
 pytestmark = pytest.mark.usefixtures("own_git")
 
 
-@pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    """Two promotions, kept here only."""
-    made = Ledger.begin(tmp_path / "project")
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, own_git: None) -> Ledger:
+    """Two promotions, kept here only; tests work on copies of them."""
+    made = Ledger.begin(tmp_path_factory.mktemp("two") / "project")
     made.decide(1)
     made.decide(2)
     return made
+
+
+@pytest.fixture(scope="module")
+def three(two: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    """One more."""
+    made = copied(two, tmp_path_factory.mktemp("three"))
+    made.decide(3)
+    return made
+
+
+def copied(ledger: Ledger, folder: Path) -> Ledger:
+    return Ledger(shutil.copytree(ledger.root, folder / "project", symlinks=True))
+
+
+@pytest.fixture
+def ledger(two: Ledger, tmp_path: Path) -> Ledger:
+    return copied(two, tmp_path)
+
+
+@pytest.fixture
+def longer(three: Ledger, tmp_path: Path) -> Ledger:
+    return copied(three, tmp_path)
 
 
 @pytest.fixture
@@ -83,11 +106,10 @@ def test_gto_sees_the_version_that_is_back(ledger: Ledger) -> None:
     assert call(ledger.root, str(BIN / "gto"), "show", f"{MODEL}#production", "--version") == "v0.1.0"
 
 
-def test_a_version_can_be_named(ledger: Ledger) -> None:
-    ledger.decide(3)
-    assert back(ledger, "v0.1.0").replaces == "v0.3.0"
-    assert back(ledger, "v0.3.0").replaces == "v0.1.0"
-    assert holds(ledger)
+def test_a_version_can_be_named(longer: Ledger) -> None:
+    assert back(longer, "v0.1.0").replaces == "v0.3.0"
+    assert back(longer, "v0.3.0").replaces == "v0.1.0"
+    assert holds(longer)
 
 
 def test_the_next_challenger_has_to_face_the_version_that_is_back(ledger: Ledger) -> None:
@@ -246,27 +268,25 @@ def lose(ledger: Ledger, name: str) -> None:
     ],
     ids=["verdict", "decision", "signature", "tag", "artifact"],
 )
-def test_damage_of_decisions_before_the_target_does_not_keep_it_out(ledger: Ledger, damage: Callable[..., Any]) -> None:
+def test_damage_of_decisions_before_the_target_does_not_keep_it_out(longer: Ledger, damage: Callable[..., Any]) -> None:
     """An emergency needs what holds: the chain from the newest decision back to the target, and the target."""
-    ledger.decide(3)
-    damage(ledger)
+    damage(longer)
     said: list[str] = []
-    decision = back(ledger, "v0.2.0", said)
+    decision = back(longer, "v0.2.0", said)
     assert (decision.version, decision.replaces) == ("v0.2.0", "v0.3.0")
-    assert ledger.git("rev-parse", f"{MODEL}#production#4^{{}}") == ledger.git("rev-parse", f"{MODEL}@v0.2.0^{{}}")
-    assert audit(ledger.root, MODEL, ALL).damage
+    assert longer.git("rev-parse", f"{MODEL}#production#4^{{}}") == longer.git("rev-parse", f"{MODEL}@v0.2.0^{{}}")
+    assert audit(longer.root, MODEL, ALL).damage
     told = any(line.startswith("DAMAGE elsewhere in the registry") for line in said)
-    assert told == bool(audit(ledger.root, MODEL).damage)  # the artifacts of others are not read
+    assert told == bool(audit(longer.root, MODEL).damage)  # the artifacts of others are not read
 
 
 @pytest.mark.parametrize("version", ["v0.2.0", "v0.3.0"], ids=["target", "between"])
-def test_damage_of_the_target_or_of_the_chain_above_it_keeps_it_out(ledger: Ledger, version: str) -> None:
-    ledger.decide(3)
-    lose(ledger, f"{MODEL}@{version}^{{}}:decision.json")
-    tip = ledger.git("rev-parse", "registry")
+def test_damage_of_the_target_or_of_the_chain_above_it_keeps_it_out(longer: Ledger, version: str) -> None:
+    lose(longer, f"{MODEL}@{version}^{{}}:decision.json")
+    tip = longer.git("rev-parse", "registry")
     with pytest.raises(RegistryError, match=r"does not hold|no version|nothing to roll back"):
-        back(ledger, "v0.2.0")
-    assert ledger.git("rev-parse", "registry") == tip
+        back(longer, "v0.2.0")
+    assert longer.git("rev-parse", "registry") == tip
 
 
 def test_damage_elsewhere_keeps_a_new_version_out(ledger: Ledger) -> None:

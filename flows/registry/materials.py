@@ -4,6 +4,7 @@ DVC knows its files by MD5 and does not read them again once they are in its cac
 MD5 to find it, SHA-256 to trust it.
 """
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -108,14 +109,21 @@ def locked_outputs(lock: bytes) -> tuple[Material, ...]:
 
 def read_lock(lock: bytes, kind: Literal["outs", "deps"] = "outs") -> list[tuple[str, dict[str, Any]]]:
     """The outputs (or dependencies) in a dvc.lock, each with its stage; `RegistryError` if it is not one."""
-    from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     try:
-        stages = (YAML(typ="safe").load(lock.decode()) or {})["stages"]
+        stages = _parse_lock(lock)["stages"]
         return [(stage, out) for stage, entry in stages.items() for out in entry.get(kind, []) if out["md5"]]
     except (YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise RegistryError("dvc.lock is malformed: run the pipeline again") from None
+
+
+@functools.lru_cache(maxsize=16)
+def _parse_lock(lock: bytes) -> Any:
+    """The content of a dvc.lock, which nobody changes: an audit asks for each of them several times."""
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe").load(lock.decode()) or {}
 
 
 def _material(root: Path, path: Path, stage: str, md5: str, name: str | None = None) -> Material:

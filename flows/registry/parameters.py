@@ -4,6 +4,7 @@ They are read by what the registry needs of them and by nothing else, so a key o
 without breaking what was recorded with it. A key that is read here and gets another name keeps its old one as an alias.
 """
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -106,6 +107,7 @@ def read_place(root: Path) -> Place:
         raise ParamsError(f"{paths.PARAMS}: {_first_problem(error)}") from None
 
 
+@functools.lru_cache(maxsize=16)  # most decisions have the parameters of the one before
 def read_recorded(data: bytes, name: str) -> Recorded:
     """The parameters in a recorded `params.yaml` of any age; `RegistryError` if it lacks what the registry uses."""
     try:
