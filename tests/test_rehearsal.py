@@ -16,10 +16,10 @@ from tasks.nets import backbone
 CHANNELS = {"blocks": None, "channels": {"ratio": 0.5, "multiple": 8}}
 
 
-def rehearse(
+def lay(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, name: str, prune: dict[str, Any], budget: bool = False
-) -> list[str]:
-    """What is said of the plan for the backbone, in the repository."""
+) -> None:
+    """The plan for the backbone, in the repository, where this process works from then on."""
     repository.params(finetune={"backbone": name, "image_size": 64})
     path, yaml = repository.root / "params.yaml", YAML(typ="safe")
     content = yaml.load(path)
@@ -28,6 +28,13 @@ def rehearse(
     shutil.copy(ROOT / "data/device.json", repository.root / "data")
     monkeypatch.chdir(repository.root)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def rehearse(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, name: str, prune: dict[str, Any], budget: bool = False
+) -> list[str]:
+    """What is said of the plan for the backbone."""
+    lay(repository, monkeypatch, name, prune, budget)
     told: list[str] = []
     rehearsal.rehearse(config.load(Path("params.yaml")), told.append, budget)
     return told
@@ -52,19 +59,21 @@ def rehearse(
 def test_a_backbone_that_does_not_suit_is_one_sentence(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, name: str, prune: dict[str, Any], told: str
 ) -> None:
+    """In this process, as the process of its own takes five seconds to start; others here go through that."""
+    lay(repository, monkeypatch, name, prune)
     with pytest.raises(StageError, match=told) as error:
-        rehearse(repository, monkeypatch, name, prune)
+        rehearsal.main(budget=False)
     assert "\n" not in str(error.value)
     assert name in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["ecaresnet26t", "gcresnext26ts"])
 def test_a_backbone_with_which_pruning_comes_to_no_end_is_one_sentence(
-    repository: Repository, monkeypatch: pytest.MonkeyPatch, name: str
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rehearsal, "LIMIT_S", 25.0)
-    with pytest.raises(StageError, match=f"^finetune.backbone '{name}' does not suit, as .* within 25 s.*: .*another"):
-        rehearse(repository, monkeypatch, name, CHANNELS)
+    told = "^finetune.backbone 'ecaresnet26t' does not suit, as its channels .* within 25 s.*: .*another"
+    with pytest.raises(StageError, match=told):
+        rehearse(repository, monkeypatch, "ecaresnet26t", CHANNELS)
 
 
 def test_a_budget_for_a_backbone_that_the_table_lacks_is_one_sentence(
