@@ -1,6 +1,8 @@
 """The command line: `weighin` and its commands. Each imports what it needs when it is called."""
 
+import atexit
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -50,6 +52,7 @@ def main(
     ] = False,
 ) -> None:
     """Retrain an image classifier, make it small and fast, weigh it, and promote it only if it makes weight."""
+    atexit.register(gc.freeze)  # at its end, Python would look through all objects of the libraries
 
 
 @app.command()

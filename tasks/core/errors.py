@@ -1,5 +1,7 @@
 """The one exception family, and how a stage's process ends when something is wrong."""
 
+import atexit
+import gc
 import signal
 import sys
 from collections.abc import Callable
@@ -71,6 +73,7 @@ def run(main: Callable[[], None]) -> None:
     SIGTERM unwinds the stack, so that temporary files go. Errors of the operating system (no space, no permission)
     are told the same way, with the file they name. Anything else is a bug in Weighin and keeps its traceback.
     """
+    atexit.register(gc.freeze)  # at its end, Python would look through all objects of PyTorch, for two seconds
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         before = _params()
