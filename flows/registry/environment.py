@@ -30,10 +30,17 @@ def describe_environment() -> dict[str, Any]:
 def _packages() -> list[str]:
     found: dict[str, str] = {}
     for one in metadata.distributions():
-        name, version = one.metadata["Name"], one.metadata["Version"]
+        name, version = _read_field(one, "Name"), _read_field(one, "Version")
         if name and version:  # a package half removed has neither; the first of two is the one that Python imports
             found.setdefault(normalize(name), f"{name}=={version}")
     return [found[key] for key in sorted(found)]
+
+
+def _read_field(package: metadata.Distribution, field: str) -> str | None:
+    """What a package's metadata has of a field of one line; `package.metadata` would take the whole readme apart."""
+    text = package.read_text("METADATA") or package.read_text("PKG-INFO") or package.read_text("") or ""
+    found = re.search(rf"^{field}:[ \t]*(.*?)[ \t]*$", text.partition("\n\n")[0], re.MULTILINE | re.IGNORECASE)
+    return found[1] if found else None
 
 
 def normalize(name: str) -> str:
