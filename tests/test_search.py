@@ -16,7 +16,7 @@ import pytest
 from optuna.trial import TrialState
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from ruamel.yaml import YAML
-from workspace import BIN, RECIPE, WAIT_S, Workspace, checkout, wait_for
+from workspace import BIN, RECIPE, WAIT_S, Workspace, checkout, shorten, wait_for
 
 from flows import search
 from flows.front import line
@@ -62,7 +62,7 @@ def first(tmp_path_factory: pytest.TempPathFactory, api: str) -> tuple[Workspace
     root = tmp_path_factory.mktemp("workspace")
     checkout(root)
     subprocess.run([sys.executable, "data/recipes/mnist_5k.py"], cwd=root, check=True, capture_output=True)
-    shorten(root / "data/raw/mnist-5k", 1250)
+    shorten(root / "data/raw/mnist-5k", root / "data/raw/mnist-5k", 1250)
     content = YAML(typ="safe").load(root / RECIPE)
     content["validate"] |= {"min_rows_per_class": 5, "max_class_imbalance": 5}
     content["quantize"] |= {"calibration_images": 64}
@@ -74,15 +74,6 @@ def first(tmp_path_factory: pytest.TempPathFactory, api: str) -> tuple[Workspace
     workspace = Workspace(root, api)
     before = state(workspace)
     return workspace, before, searched(workspace, "--trials", "1")
-
-
-def shorten(folder: Path, images: int) -> None:
-    """Every so many digits: the trials are cheap, what they learn is not the point."""
-    for name, head, size in (("train-images-idx3-ubyte", 16, 784), ("train-labels-idx1-ubyte", 8, 1)):
-        data = (folder / name).read_bytes()
-        every = (len(data) - head) // size // images
-        kept = [data[place : place + size] for place in range(head, len(data), size * every)][:images]
-        (folder / name).write_bytes(data[:4] + images.to_bytes(4, "big") + data[8:head] + b"".join(kept))
 
 
 def searched(workspace: Workspace, *options: str) -> Found:

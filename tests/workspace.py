@@ -1,5 +1,6 @@
 """A clone of the project in which the command line is used, with a real Prefect server."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -113,6 +114,18 @@ class Workspace:
         folders = [self.root / "data" / name for name in ("prepared", "models", "reports")]
         paths = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
         return {str(path.relative_to(self.root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def shorten(source: Path, target: Path, images: int) -> None:
+    """Every so many images of a source in IDX: all goes faster, where what is learned is not the point."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.glob("*-ubyte*"):
+        head, size = (16, 28 * 28) if "images" in path.name else (8, 1)
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        every = (len(data) - head) // size // images
+        kept = [data[place : place + size] for place in range(head, len(data), size * every)][:images]
+        content = data[:4] + images.to_bytes(4, "big") + data[8:head] + b"".join(kept)
+        (target / path.name.removesuffix(".gz")).write_bytes(content)
 
 
 def free_port() -> int:
