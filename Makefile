@@ -3,6 +3,9 @@
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13,$(shell command -v $(name))) python3)
 PARAMS ?= params.yaml
 BIN := .venv/bin
+# The tests write and sync many small files, which takes them a fifth less time in memory, where there is room.
+IN_MEMORY := $(shell [ "$$(df --output=avail /dev/shm 2>/dev/null | tail -1)" -gt 8000000 ] 2>/dev/null \
+	&& ! findmnt -no OPTIONS /dev/shm | grep -q noexec && echo /dev/shm)
 # Stages are processes of their own: they start sooner from modules that were compiled once, at their first use.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -21,7 +24,7 @@ run: setup
 # One file of tests per core at a time; with one thread each, so that they do not wait for one another, and with memory
 # that is kept, as stages have it (flows/stage.py).
 test: setup .venv/softhsm
-	OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 \
+	$(if $(IN_MEMORY),TMPDIR=$(IN_MEMORY)) OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 \
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # What the tests' own processes run of the code; the stages that they start as processes are not counted.
