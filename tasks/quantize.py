@@ -4,17 +4,18 @@ All convolutions run in integers, but for those that the plan leaves in float32 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
+from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX
 
 from tasks.budget.plan import read_plan
 from tasks.core import config, files, paths, shares
 from tasks.core.errors import StageError, run
-from tasks.graphs import calibration, codebook, compact, graph, rounding
+from tasks.graphs import calibration, channels, codebook, compact, graph, rounding
 from tasks.graphs.optimized import float_layers
 from tasks.images import splits
 from tasks.runtime import session
@@ -46,7 +47,9 @@ def with_codebook(quantized: onnx.ModelProto, levels: int | None) -> onnx.ModelP
     return model
 
 
-def trainable(quantized: onnx.ModelProto, floats: dict[str, onnx.TensorProto], images: "torch.Tensor") -> "qat.Network":
+def trainable(
+    quantized: onnx.ModelProto, floats: Mapping[str, graph.Array], images: "torch.Tensor", bits: int = 8
+) -> "qat.Network":
     """Return the quantized network in PyTorch; `floats` are its weights before quantization, by name.
 
     `StageError` if PyTorch does not come to the logits that ONNX Runtime has for these images, float32 (B, C, H, W).
@@ -55,7 +58,7 @@ def trainable(quantized: onnx.ModelProto, floats: dict[str, onnx.TensorProto], i
 
     from tasks.nets import qat
 
-    net = qat.Network(quantized, floats)
+    net = qat.Network(quantized, floats, bits)
     with torch.inference_mode():
         found = net(images).numpy()
     expected = session.logits(session.open_session(quantized.SerializeToString(), threads=1), images.numpy())
@@ -64,10 +67,13 @@ def trainable(quantized: onnx.ModelProto, floats: dict[str, onnx.TensorProto], i
     return net
 
 
-def train_qat(quantized: onnx.ModelProto, params: config.Qat, levels: int | None) -> list[dict[str, float]]:
+def train_qat(
+    quantized: onnx.ModelProto, params: config.Qat, levels: int | None, bits: int = 8
+) -> list[dict[str, float]]:
     """Train the quantized network in place, with the pruned one as its teacher; returns the history.
 
-    With `levels` each weight tensor keeps to so many nonzero codes.
+    It is trained without its dead channels, which is faster, and their places stay as they are. With `levels` each
+    weight tensor keeps to so many nonzero codes, with fewer `bits` than 8 to those that they hold.
     """
     import torch
 
@@ -77,14 +83,19 @@ def train_qat(quantized: onnx.ModelProto, params: config.Qat, levels: int | None
     training.make_deterministic(params.training.seed)
     begun = files.sha256_of(quantized.SerializeToString(deterministic=True))[:16]  # its scales are kept, too
     inputs = (paths.TRAIN, paths.VAL, paths.weights("prune"))
-    checkpoint = training.checkpoint_path(f"quantize-{levels}-{begun}", *inputs, params=params, spec=spec)
+    checkpoint = training.checkpoint_path(f"quantize-{levels}-{bits}-{begun}", *inputs, params=params, spec=spec)
     images, held_out = (training.Images(split, spec.preprocessing, spec.classes) for split in (paths.TRAIN, paths.VAL))
-    floats = graph.initializers(onnx.load(paths.onnx("prune")))
-    net = trainable(quantized, floats, torch.stack([held_out[index][0] for index in range(min(len(held_out), 32))]))
+    slim, places = channels.cut(quantized)
+    floats = {
+        name: values[places.get(f"{name}{TENSOR_NAME_QUANT_SUFFIX}", ...)]
+        for name, values in graph.arrays(onnx.load(paths.onnx("prune"))).items()
+    }
+    net = trainable(slim, floats, torch.stack([held_out[index][0] for index in range(min(len(held_out), 32))]), bits)
     if levels:
         net.share_codes(levels)
     history = distillation.distill(net, teacher, params, images, held_out, checkpoint=checkpoint)
-    net.write(quantized)
+    net.write(slim)
+    channels.paste(quantized, slim, places)
     return history
 
 
@@ -97,12 +108,15 @@ def choose_model(
     """The calibrated model, or the trained one where calibration costs too much and training helps; and its history."""
     if params.qat is None:
         return quantized, []
+    if params.bits < 8:
+        quantized = copy.deepcopy(quantized)
+        rounding.coarsen(quantized, original, params.bits)
     before, after = val_top1(original), val_top1(with_codebook(quantized, params.codebook))
     print(f"val top-1 {before:.2%}, calibrated {after:.2%}", flush=True)
     if shares.subtract(before, after) <= params.qat.max_top1_drop:
         return quantized, []
     candidate = copy.deepcopy(quantized)
-    history = train_qat(candidate, params.qat, params.codebook)
+    history = train_qat(candidate, params.qat, params.codebook, params.bits)
     if val_top1(with_codebook(candidate, params.codebook)) >= after:
         return candidate, history
     print("training on the int8 grid has made it worse: the calibrated model stays", flush=True)

@@ -68,6 +68,9 @@ quantize:
   percentile: 99.999
   reduce_range: false
 
+reduce:
+  pack: auto
+
 benchmark:
   threads: 1
   warmup: 20

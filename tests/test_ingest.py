@@ -480,7 +480,11 @@ def test_a_failing_run_leaves_the_previous_outputs_as_they_were(tmp_path: Path) 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("ingest: 28 train, 4 val, 8 test\n")
     before = {path.name: path.read_bytes() for path in (root / "data/prepared").iterdir()}
-    assert set(before) == {*(f"{name}.parquet" for name in (*SPLITS, "manifest", "ledger")), "sources.json"}
+    assert set(before) == {
+        *(f"{name}.parquet" for name in (*SPLITS, "manifest", "ledger")),
+        "sources.json",
+        "classes.json",
+    }
     for index in range(10):
         put(source / f"cat/{index:03}.png", b"damaged")
     done = stage(root)

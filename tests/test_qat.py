@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from test_reduce import assert_same_bits, shapes
 
 from tasks.core import config, files, paths
 from tasks.core.errors import StageError
-from tasks.graphs import graph
+from tasks.graphs import channels, graph, rounding
 from tasks.graphs.calibration import quantize
 from tasks.nets import backbone, distillation, masks, qat, training
 from tasks.nets.backbone import Spec
@@ -48,7 +49,7 @@ NARROW = CALIBRATION.model_copy(update={"percentile": 55.0})  # ranges so narrow
 @pytest.mark.parametrize("name", MASKED)
 def test_pytorch_answers_as_onnx_runtime_does(name: str, networks: Callable[[str], Network]) -> None:
     network = networks(name)
-    net = qat.Network(network.quantized, graph.initializers(onnx.load(network.path)))
+    net = qat.Network(network.quantized, graph.arrays(onnx.load(network.path)))
     images = torch.randn(8, *network.preprocessing.shape)
     with torch.inference_mode():
         found = net.eval()(images).numpy()
@@ -67,7 +68,7 @@ def test_whatever_training_leaves_is_reduced_without_changing_a_bit(
 ) -> None:
     """Weights far from where they began stand for any training; what was zero is zero still."""
     network = networks(name)
-    net = qat.Network(network.quantized, graph.initializers(onnx.load(network.path)))
+    net = qat.Network(network.quantized, graph.arrays(onnx.load(network.path)))
     torch.manual_seed(0)
     with torch.no_grad():
         for values in net.parameters():
@@ -121,9 +122,11 @@ class Case:
         images = self.images(name)
         return torch.stack([images[index][0] for index in range(len(images))])
 
-    def train(self, model: onnx.ModelProto, levels: int | None = None, **floats: Any) -> list[dict[str, float]]:
+    def train(
+        self, model: onnx.ModelProto, levels: int | None = None, floats: Any = MappingProxyType({})
+    ) -> list[dict[str, float]]:
         """Train the model's weights, in place; some of those before quantization may be given otherwise."""
-        before = graph.initializers(onnx.load(self.root / self.path)) | floats
+        before = graph.arrays(onnx.load(self.root / self.path)) | dict(floats)
         images, params = [self.images(name) for name in ("train", "val")], config.Qat.model_validate(QAT)
         net = trainable(model, before, self.tensors("val")[:32])
         if levels:
@@ -218,11 +221,78 @@ def test_an_operator_that_is_not_known_is_told(case: Case) -> None:
 
 def test_a_network_that_pytorch_runs_otherwise_is_refused(case: Case) -> None:
     model = case.quantized()
-    floats = graph.initializers(onnx.load(case.root / case.path))
-    name = next(name for name, tensor in floats.items() if len(tensor.dims) == 2)
-    turned = numpy_helper.from_array(-numpy_helper.to_array(floats[name]), name)
+    floats = graph.arrays(onnx.load(case.root / case.path))
+    name = next(name for name, values in floats.items() if values.ndim == 2)
     with pytest.raises(StageError, match="PyTorch runs it otherwise than ONNX Runtime"):
-        case.train(model, **{name: turned})
+        case.train(model, floats={name: -floats[name]})
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("name", MASKED)
+def test_few_bits_hold_the_codes_of_all_but_the_last_layer(
+    name: str, bits: int, networks: Callable[[str], Network]
+) -> None:
+    network = networks(name)
+    coarse, original = onnx.ModelProto(), onnx.load(network.path)
+    coarse.CopyFrom(network.quantized)
+    rounding.coarsen(coarse, original, bits)
+    found, before = codes_of(coarse), codes_of(network.quantized)
+    assert all(0 < abs(codes.astype(int)).max() < 2 ** (bits - 1) for codes in found[:-1] if codes.any())
+    assert np.array_equal(found[-1], before[-1])
+    assert all(not codes[old == 0].any() for codes, old in zip(found, before, strict=True))
+    net = qat.Network(coarse, graph.arrays(original), bits)
+    images = torch.randn(4, *network.preprocessing.shape)
+    with torch.inference_mode():
+        answered = net(images).numpy()
+    expected = session.logits(session.open_session(coarse.SerializeToString(), 1), images.numpy())
+    assert np.abs(answered - expected).mean() < 0.05 * max(expected.std(), 1e-6)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_what_is_trained_without_dead_channels_goes_back_to_its_places(
+    name: str, networks: Callable[[str], Network]
+) -> None:
+    model, original = onnx.ModelProto(), graph.arrays(onnx.load(networks(name).path))
+    model.CopyFrom(networks(name).quantized)
+    slim, places = channels.cut(model)
+    suffix = "_quantized"
+    floats = {one: values[places.get(one + suffix, ...)] for one, values in original.items()}
+    net = qat.Network(slim, floats, bits=4)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for values in net.parameters():
+            values.add_(torch.randn_like(values) * values.std().nan_to_num() / 2)
+    net.write(slim)
+    assert any(tensor.dims != before.dims for tensor, before in zip_tensors(slim, model))
+    channels.paste(model, slim, places)
+    assert_same_bits(model, slim)
+
+
+def zip_tensors(one: onnx.ModelProto, other: onnx.ModelProto) -> list[tuple[onnx.TensorProto, onnx.TensorProto]]:
+    tensors = graph.initializers(other)
+    return [(tensor, tensors[name]) for name, tensor in graph.initializers(one).items() if name in tensors]
+
+
+def test_the_stage_trains_weights_of_two_bits(repository: Repository) -> None:
+    case = Case(repository.root)
+    case.lay(repository, bits=2, percentile=99.99, qat=QAT)
+    done = repository.run("quantize")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(repository.report("quantize").read_text())
+    model = onnx.load(repository.model("quantize"))
+    assert len(report["qat"]) == SCHEDULE["epochs"]
+    assert all(abs(codes.astype(int)).max() <= 1 for codes in codes_of(model)[:-1])
+    constants = graph.Constants(model)
+    for node in model.graph.node:
+        if node.op_type in graph.WEIGHTED:
+            steps = numpy_helper.to_array(constants.tensors[constants.dequantized[node.input[1]].input[1]])
+            assert np.array_equal(steps, steps.astype(np.float16).astype(np.float32))
+    coarse = case.quantized(NARROW.model_copy(update={"percentile": 99.99}))
+    rounding.coarsen(coarse, onnx.load(case.root / case.path), 2)
+    ready = session.open_session(coarse.SerializeToString(), 1)
+    labels = np.asarray(case.images("val").labels)
+    before = (session.logits(ready, case.tensors("val").numpy()).argmax(1) == labels).mean()
+    assert report["val_top1"] > before
 
 
 @pytest.mark.parametrize("allowed", [0.0, 1.0])

@@ -17,7 +17,7 @@ from tasks.core.errors import StageError
 
 STEP = 16  # widths are cut by multiples of it
 FRAME_BYTES = 600  # metadata, input and output of a file
-NODE_BYTES = 320  # nodes and per-tensor constants of a layer, with short names
+NODE_BYTES = 215  # nodes and per-tensor constants of a layer, with short names
 SUM_BYTES = 150  # those of a sum
 CHANNEL_BYTES = 8  # scale and bias of an output channel
 
@@ -80,7 +80,7 @@ def cost(table: Table, operator: Operator, inputs: int, outputs: int) -> Cost:
 
 
 def size_bytes(operator: Operator, inputs: int, outputs: int) -> float:
-    """Bytes of the layer in the reduced int8 file; of a front, what float32 adds to it."""
+    """Bytes of the layer in the reduced int8 file, before it is packed; of a front, what float32 adds to it."""
     if operator.kind in FLOAT_STEMS:
         weights = inputs * operator.kernel**2 + (9 if operator.kind == "front depthwise" else 0)
         return 3 * outputs * weights

@@ -259,6 +259,9 @@ class Quantize(Section):
 
     calibration_images: Annotated[int, Field(ge=32)]
     percentile: Annotated[float, Field(gt=50, le=100)] = Field(description="share of activations inside the range")
+    bits: Literal[2, 4, 8] = Field(
+        8, description="of the weights of all layers but the last; fewer than 8 pack better, and want qat"
+    )
     codebook: Annotated[int, Field(ge=2, le=127)] | None = Field(
         None, description="so many nonzero codes in each weight tensor, which then packs better; null: all of int8"
     )
@@ -267,6 +270,12 @@ class Quantize(Section):
     factor: Annotated[float, Field(ge=1e-6, le=1e6)] | None = Field(
         None, description="every weight becomes round(w * factor), -127 to 127; null: by the range of its channel"
     )
+
+    @model_validator(mode="after")
+    def _few_bits_are_trained(self) -> Self:
+        if self.bits < 8 and (self.qat is None or self.codebook is not None):
+            raise ValueError("bits under 8 go with qat, which trains the weights on their grid, and without codebook")
+        return self
 
     @model_validator(mode="after")
     def _one_range_of_weights(self) -> Self:
@@ -373,7 +382,7 @@ class Params(Section):
     compress: Compress | None = Field(description="a budget; null: prune has the shares themselves")
     prune: Prune
     quantize: Quantize
-    reduce: Reduce = Reduce()
+    reduce: Reduce
     benchmark: Benchmark
     gate: Gate
     registry: Registry = Registry()
@@ -531,4 +540,4 @@ def _bounds(field: Any) -> str:
     choices = [option for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {choices[0][key]:g}" for key, sign in signs.items() if key in choices[0]]
-    return " | ".join(choices[0].get("enum", [])) or ", ".join(limits)
+    return " | ".join(map(str, choices[0].get("enum", []))) or ", ".join(limits)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from tasks.graphs import graph
 from tasks.graphs.graph import Array, Mask
@@ -208,18 +209,18 @@ def _per_channel(layer: Layer, channels: int) -> Array:
     return np.moveaxis(layer.weight, int(layer.in_axis or 0), 0).reshape(channels, -1)
 
 
-def remove_channels(model: onnx.ModelProto) -> bool:
-    """Remove every removable channel, in place; returns whether there was any."""
+def remove_channels(model: onnx.ModelProto, cuts: graph.Cuts | None = None) -> bool:
+    """Remove every removable channel, in place; returns whether there was any, and adds to `cuts` what went where."""
     unshare(model)
     found = False
-    while _cut_all(model):
+    while _cut_all(model, cuts):
         found = True
     return found
 
 
-def _cut_all(model: onnx.ModelProto) -> bool:
+def _cut_all(model: onnx.ModelProto, cuts: graph.Cuts | None) -> bool:
     """One pass over the classes: what is zero, or is not read, stays so when channels of other classes go."""
-    constants, found = graph.Constants(model), False
+    constants, found = graph.Constants(model, cuts), False
     for member in classes(model, constants, layers(model, constants)):
         gone = removable(member)
         if _in_vectors(member):
@@ -246,3 +247,34 @@ def _cut(member: ChannelClass, kept: Mask, constants: graph.Constants) -> None:
     for layer in member.consumers:
         run_length = layer.weight.shape[int(layer.in_axis or 0)] // member.channels
         constants.keep(layer.node.input[1], int(layer.in_axis or 0), np.repeat(kept, run_length))
+
+
+Places = dict[str, tuple[Array, ...]]  # of a constant that was cut: where it lies in the one before, as np.ix_ has it
+
+
+def cut(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Places]:
+    """The model without its removable channels, and where in the old constants those of the new one lie.
+
+    The argument keeps all of them, but each reader gets a copy of its own.
+    """
+    unshare(model)
+    slim, cuts = onnx.ModelProto(), graph.Cuts()
+    slim.CopyFrom(model)
+    remove_channels(slim, cuts)
+    kept = {name: [np.arange(size) for size in tensor.dims] for name, tensor in graph.initializers(model).items()}
+    for name, axis, mask in cuts:
+        kept[name][axis] = kept[name][axis][mask]
+    return slim, {name: np.ix_(*kept[name]) for name in {name for name, *_ in cuts}}
+
+
+def paste(model: onnx.ModelProto, slim: onnx.ModelProto, places: Places) -> None:
+    """Put the constants of the slim model back where they were cut from, in place; what was cut off stays."""
+    tensors = graph.initializers(model)
+    for name, tensor in graph.initializers(slim).items():
+        if name in tensors:
+            values = numpy_helper.to_array(tensor)
+            if name in places:
+                whole = numpy_helper.to_array(tensors[name]).copy()
+                whole[places[name]] = values
+                values = whole
+            tensors[name].CopyFrom(numpy_helper.from_array(values, name))

@@ -19,6 +19,11 @@ def initializers(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     return {tensor.name: tensor for tensor in model.graph.initializer}
 
 
+def arrays(model: onnx.ModelProto) -> dict[str, Array]:
+    """The values of the model's initializers by name."""
+    return {name: numpy_helper.to_array(tensor) for name, tensor in initializers(model).items()}
+
+
 def shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
     """The sizes of each tensor whose shape can be inferred; an unknown size, such as the batch, counts as one."""
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
@@ -96,11 +101,15 @@ def run_passes(model: onnx.ModelProto, *passes: "PassBase") -> None:
     del model.graph.value_info[:]  # onnx_ir writes the shapes of constants there, which may be cut
 
 
+Cuts = list[tuple[str, int, Mask]]  # of constants by their names: along which axis, and what stayed
+
+
 class Constants:
     """The model's initializers by name, and the way to one through its DequantizeLinear."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, cuts: Cuts | None = None) -> None:
         self.model = model
+        self.cuts = cuts
         self.tensors = initializers(model)
         self.dequantized = {
             node.output[0]: node
@@ -137,6 +146,8 @@ class Constants:
                     self._slice(parameter, 0, mask)
 
     def _slice(self, name: str, axis: int, mask: Mask) -> None:
+        if self.cuts is not None:
+            self.cuts.append((name, axis, mask))
         values = np.compress(mask, numpy_helper.to_array(self.tensors[name]), axis)
         self.tensors[name].CopyFrom(numpy_helper.from_array(values, name))
 

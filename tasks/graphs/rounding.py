@@ -1,6 +1,6 @@
 """The grids that weights lie on: one factor for all layers (docs/classic_methods.md), or steps that float16 holds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from tasks.graphs import graph
 from tasks.graphs.codebook import LARGEST
 from tasks.graphs.graph import Array
 
+TRIED = np.linspace(0.3, 1, 36)
 LEAST_HALF = float(np.finfo(np.float16).smallest_normal)  # below, float16 is less precise
 
 
@@ -36,7 +37,7 @@ def apply(quantized: onnx.ModelProto, original: onnx.ModelProto, factor: float) 
         if weights.any() and not codes.any():
             raise StageError(f"quantize.factor {factor:g} leaves nothing of {_name(dequantizer)}: raise it")
         grids.append(Grid(dequantizer, codes, np.asarray(1 / factor, np.float32)))
-    large = _put(quantized, original, grids, lambda bias: bias)
+    large = put(quantized, graph.arrays(original), grids, lambda bias: bias)
     if large:
         raise StageError(f"quantize.factor {factor:g} makes {large} too large for int32: lower it")
 
@@ -57,12 +58,39 @@ def round_to_halves(quantized: onnx.ModelProto, original: onnx.ModelProto) -> No
         shape = [-1 if number == axis else 1 for number in range(codes.ndim)] if step.ndim else []
         codes = np.rint(weights / rounded.reshape(shape)).clip(-most, most).astype(np.int8)
         grids.append(Grid(dequantizer, codes, rounded))
-    large = _put(quantized, original, grids, as_half)
-    if large:
-        raise StageError(f"{large} is too large for int32 on the scale of its layer: its weights are nearly zero")
+    put_halves(quantized, graph.arrays(original), grids)
     for tensor in quantized.graph.initializer:
         if tensor.name in floats and tensor.data_type == onnx.TensorProto.FLOAT:
             tensor.CopyFrom(numpy_helper.from_array(as_half(numpy_helper.to_array(tensor)), tensor.name))
+
+
+def coarsen(quantized: onnx.ModelProto, original: onnx.ModelProto, bits: int) -> None:
+    """Put all weights but the last layer's on grids of so few bits, in place.
+
+    Codes are from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1; the step of each channel is the one of TRIED shares of its
+    range with the least squared error.
+    """
+    constants, grids = graph.initializers(quantized), []
+    largest = 2 ** (bits - 1) - 1
+    for dequantizer, weights in round_weights(quantized, original)[:-1]:
+        codes, step = (numpy_helper.to_array(constants[name]) for name in dequantizer.input[:2])
+        axis = int(graph.attribute(dequantizer, "axis", 1)) % codes.ndim
+        others = tuple(number for number in range(codes.ndim) if number != axis or not step.ndim)
+        shape = [1 if number in others else -1 for number in range(codes.ndim)]
+        tried = [half_above(step * (LARGEST / largest * share)).reshape(shape) for share in TRIED]
+        errors = [((np.rint(weights / one).clip(-largest, largest) * one - weights) ** 2).sum(others) for one in tried]
+        best = np.argmin(np.reshape(errors, (len(TRIED), -1)), axis=0)
+        found = np.reshape(tried, (len(TRIED), -1))[best, np.arange(len(best))].astype(np.float32)
+        codes = np.rint(weights / found.reshape(shape)).clip(-largest, largest).astype(np.int8)
+        grids.append(Grid(dequantizer, codes, found.reshape(step.shape)))
+    put_halves(quantized, graph.arrays(original), grids)
+
+
+def put_halves(quantized: onnx.ModelProto, floats: Mapping[str, Array], grids: list[Grid]) -> None:
+    """Write grids, and biases of values that float16 holds; `StageError` if one would be too large for int32."""
+    large = put(quantized, floats, grids, as_half)
+    if large:
+        raise StageError(f"{large} is too large for int32 on the scale of its layer: its weights are nearly zero")
 
 
 def as_half(values: Array) -> Array:
@@ -80,14 +108,15 @@ def half_above(steps: Array) -> Array:
     return np.where(np.isfinite(found), found.astype(np.float32), steps).astype(np.float32)
 
 
-def _put(
-    quantized: onnx.ModelProto, original: onnx.ModelProto, grids: list[Grid], of_bias: Callable[[Array], Array]
+def put(
+    quantized: onnx.ModelProto, floats: Mapping[str, Array], grids: list[Grid], of_bias: Callable[[Array], Array]
 ) -> str | None:
     """Write the grids, and biases on the scale of their layer's input times the step; in place.
 
-    Returns the name of the first bias that would be too large for int32, and then leaves off.
+    `floats` has the biases by their names in float. Returns the name of the first one that would be too large for
+    int32, and then leaves off.
     """
-    constants, floats = graph.Constants(quantized), graph.initializers(original)
+    constants = graph.Constants(quantized)
     makers = {node.output[0]: node for node in quantized.graph.node}
 
     def write(grid: Grid) -> None:
@@ -107,7 +136,7 @@ def _put(
             numpy_helper.to_array(constants.tensors[name]) for name in (*bias.input[:2], makers[node.input[0]].input[1])
         )
         # ONNX Runtime gives a bias that layers share to each under a new name; then what it made of it has to do.
-        exact = numpy_helper.to_array(floats[_name(bias)]) if _name(bias) in floats else codes * old
+        exact = floats[_name(bias)] if _name(bias) in floats else codes * old
         step = np.asarray(source * steps[node.input[1]], np.float32)
         codes = np.rint(of_bias(exact).astype(np.float64) / step)
         if abs(codes).max() > np.iinfo(np.int32).max:

@@ -6,7 +6,8 @@ other codes: it runs as fast, and `reduce` finds the same zeros in it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import numpy as np
 import onnx
@@ -17,24 +18,38 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tasks.core.errors import StageError
-from tasks.graphs import codebook, graph
+from tasks.graphs import codebook, graph, rounding
 from tasks.graphs.codebook import LARGEST
 
 
 class Weight(nn.Module):
-    """A weight or bias and the grid it lies on; what is zero stays zero, and weights stay within their codes."""
+    """A weight or bias and the grid it lies on; what is zero stays zero, and weights stay within their codes.
 
-    scale: Tensor
+    With few codes the steps of the grid are trained, too, as factors: Esser et al. 2020, arXiv:1902.08153 (LSQ).
+    """
+
+    start: Tensor
     kept: Tensor
     shared: Tensor  # the codes it keeps to, in order; empty: all of int8
 
-    def __init__(self, values: Tensor, scale: Tensor, axis: int) -> None:
+    def __init__(self, values: Tensor, scale: Tensor, axis: int, largest: int = LARGEST) -> None:
         super().__init__()
         self.values = nn.Parameter(values.clone())
         self.is_bias = values.ndim == 1
-        self.register_buffer("scale", scale.reshape([-1 if a == axis else 1 for a in range(values.ndim)]))
+        self.largest = largest
+        self.register_buffer("start", scale.reshape([-1 if a == axis else 1 for a in range(values.ndim)]))
+        self.factor = nn.Parameter(torch.zeros_like(self.start)) if self.learns_step else None
         self.register_buffer("kept", values != 0)
         self.register_buffer("shared", torch.empty(0))
+
+    @property
+    def learns_step(self) -> bool:
+        return self.largest < LARGEST and not self.is_bias
+
+    @property
+    def scale(self) -> Tensor:
+        """The step of the grid, as a factor to the one that it began with: so that each is trained alike."""
+        return self.start if self.factor is None else self.start * self.factor.exp()
 
     @torch.no_grad()
     def share(self, levels: int) -> None:
@@ -42,6 +57,14 @@ class Weight(nn.Module):
         if not self.is_bias:
             codes = codebook.cluster(self.codes().numpy().astype(np.int8), levels)
             self.shared = torch.from_numpy(np.unique(codes[codes != 0]).astype(np.float32))
+
+    @torch.no_grad()
+    def hold_step(self) -> None:
+        """Make a trained step one that float16 holds; one that training has lost is what it began with."""
+        if self.factor is not None:
+            scale = torch.where(self.scale.isfinite() & (self.scale > 0), self.scale, self.start)
+            self.start.copy_(torch.from_numpy(rounding.half_above(scale.numpy())))
+            self.factor.zero_()
 
     def codes(self) -> Tensor:
         """On the integer grid, float32."""
@@ -51,10 +74,13 @@ class Weight(nn.Module):
         if len(self.shared):
             borders = (self.shared[1:] + self.shared[:-1]) / 2
             return self.shared[torch.bucketize(exact, borders)] * self.kept
-        return exact.round() if self.is_bias else exact.round().clamp(-LARGEST, LARGEST)
+        return exact.round() if self.is_bias else exact.round().clamp(-self.largest, self.largest)
 
     def forward(self) -> Tensor:
         exact = self.values * self.kept
+        if self.learns_step:
+            codes = (exact / self.scale).clamp(-self.largest, self.largest)
+            return (codes + (codes.round() - codes).detach()) * self.scale
         inside = exact if self.is_bias else exact.clamp(-LARGEST * self.scale, LARGEST * self.scale)
         return inside + (self.codes() * self.scale - inside).detach()
 
@@ -62,11 +88,12 @@ class Weight(nn.Module):
 class Network(nn.Module):
     """The network of a QDQ file: from images, float32 (B, C, H, W), to logits, float32 (B, classes), as int8 has them.
 
-    `floats` are the weights before quantization, by name. `StageError` if the file has an operator that is not known
-    here.
+    `floats` are the weights before quantization, by name; with less than 8 `bits` the codes of all but the last layer
+    are as `rounding.coarsen` makes them, and their steps are trained. `StageError` if the file has an operator that is
+    not known here.
     """
 
-    def __init__(self, quantized: onnx.ModelProto, floats: dict[str, onnx.TensorProto]) -> None:
+    def __init__(self, quantized: onnx.ModelProto, floats: Mapping[str, graph.Array], bits: int = 8) -> None:
         super().__init__()
         constants = graph.Constants(quantized)
         self.nodes = [node for node in quantized.graph.node if node.output[0] not in constants.dequantized]
@@ -77,6 +104,8 @@ class Network(nn.Module):
             )
         self.image, self.result = (ends[0].name for ends in (quantized.graph.input, quantized.graph.output))
         self.weights = nn.ModuleDict()
+        weights = [node.input[1] for node in self.nodes if node.op_type in graph.WEIGHTED]
+        weights = [name for name in weights if name in constants.dequantized]
         self.keys: dict[str, str] = {}  # by the name of a tensor, that of its weight or buffer; dots are not allowed
         for name, tensor in constants.tensors.items():
             self._fix(name, numpy_helper.to_array(tensor))
@@ -85,10 +114,11 @@ class Network(nn.Module):
             if original is None:
                 self._fix(name, graph.meaning(node, constants))
                 continue
-            axis = int(graph.attribute(node, "axis", 1)) % len(original.dims)
+            axis = int(graph.attribute(node, "axis", 1)) % original.ndim
             scale = torch.tensor(numpy_helper.to_array(constants.tensors[node.input[1]]))
+            largest = 2 ** (bits - 1) - 1 if name in weights[:-1] else LARGEST
             self.keys[name] = f"weight{len(self.keys)}"
-            self.weights[self.keys[name]] = Weight(torch.tensor(numpy_helper.to_array(original)), scale, axis)
+            self.weights[self.keys[name]] = Weight(torch.tensor(original), scale, axis, largest)
 
     def _fix(self, name: str, values: graph.Array) -> None:
         self.keys[name] = f"constant{len(self.keys)}"
@@ -110,14 +140,23 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def write(self, quantized: onnx.ModelProto) -> None:
-        """Put the codes into the file, in place."""
-        constants = graph.Constants(quantized)
-        for name, node in constants.dequantized.items():
-            if self.keys[name] in self.weights:
-                stored = constants.tensors[node.input[0]]
-                codes = self.weights[self.keys[name]].codes().numpy()  # type: ignore[operator]
-                kind = numpy_helper.to_array(stored).dtype
-                stored.CopyFrom(numpy_helper.from_array(codes.astype(kind), stored.name))
+        """Put the codes into the file, in place, and the steps that were trained, as float16 holds them."""
+        tensors = graph.initializers(quantized)
+        floats: dict[str, graph.Array] = {}
+        grids = []
+        for name, node in graph.Constants(quantized).dequantized.items():
+            if self.keys[name] not in self.weights:
+                continue
+            weight = cast(Weight, self.weights[self.keys[name]])
+            if weight.is_bias:
+                exact = (weight.values * weight.kept).nan_to_num()  # training that fails is told by its top-1
+                most = weight.scale * 2.0**30
+                floats[node.input[0].removesuffix(TENSOR_NAME_QUANT_SUFFIX)] = exact.clamp(-most, most).numpy()
+                continue
+            weight.hold_step()
+            step = weight.scale.numpy().reshape(tuple(tensors[node.input[1]].dims))
+            grids.append(rounding.Grid(node, weight.codes().nan_to_num().numpy().astype(np.int8), step))
+        rounding.put_halves(quantized, floats, grids)
 
 
 def _pads(node: onnx.NodeProto, image: Tensor, value: float) -> Tensor:
