@@ -332,7 +332,7 @@ def reduce(
     with _sentences():
         from tasks.reduce import reduce_file
 
-        target = output or file.with_suffix(".reduced.onnx")
+        target = output or file.parent / f"{file.stem}.reduced.onnx"
         found = reduce_file(file, target, pack=not plain)
         text = f"reduce: {found['size_bytes_before']:,} to {found['size_bytes_after']:,} bytes, in {target}"
         _print(found, as_json, lambda _: print(text))

@@ -13,6 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -327,7 +328,7 @@ def _balanced(table: Table, limits: config.Gate, classes: tuple[str, ...]) -> It
     labels = dict.fromkeys((*classes, *(row["actual"] for row in table)))
     recalls = [right[[row["actual"] == name for row in table]] for name in labels] if table else []
     usable = bool(recalls) and all(len(one) for one in recalls)
-    mean = float(np.mean([one.mean() for one in recalls])) if usable else None
+    mean = float(sum(Fraction(int(one.sum()), len(one)) for one in recalls) / len(recalls)) if usable else None
     yield check("balanced_accuracy", mean, ">=", limits.min_balanced_accuracy)
 
 

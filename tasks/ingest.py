@@ -28,13 +28,14 @@ from tasks.core.progress import track
 from tasks.images import ledger
 from tasks.images.assignment import Assignment
 from tasks.images.listing import walk
-from tasks.images.preprocessing import open_image, render
+from tasks.images.preprocessing import WHITE_LEVEL, open_image, render
 from tasks.images.sources import SHOWN, SPLITS, Item, Source, open_source, shown
 
 ROWS_PER_GROUP = 512
 BYTES_PER_GROUP = 8 * 2**20
 ROWS_AT_ONCE = 256  # of pixels
 MOST_PIXELS = 0.999
+KNOWN_BY = ((255, 255, 255), WHITE_LEVEL)  # the background and white level of the pixels that an image is known by
 UNREADABLE = paths.REPORTS / "unreadable.csv"
 TEST_PART, FROZEN, NEW = (
     "test_part",
@@ -112,7 +113,7 @@ def describe(item: Item, params: config.Ingest, max_side: int) -> dict[str, Any]
             width, height = opened.size
             if max(width, height) > max_side:
                 raise ValueError(f"it has {width} x {height} pixels, and validate.max_side is {max_side}")
-            row.update(_describe_pixels(opened, params))
+            row.update(_describe_pixels(opened, item.image, params))
         if item.label is None:
             raise ValueError("it has no label")
     except Exception as error:
@@ -122,7 +123,7 @@ def describe(item: Item, params: config.Ingest, max_side: int) -> dict[str, Any]
     return row
 
 
-def _describe_pixels(opened: Image.Image, params: config.Ingest) -> dict[str, object]:
+def _describe_pixels(opened: Image.Image, data: bytes, params: config.Ingest) -> dict[str, object]:
     """What the manifest says of an image that is decoded, with no more of it in memory than it takes to decode it."""
     facts: dict[str, object] = {"mode": opened.mode, "frames": getattr(opened, "n_frames", 1), "readable": True}
     if opened.mode.startswith("I;16"):
@@ -132,6 +133,8 @@ def _describe_pixels(opened: Image.Image, params: config.Ingest) -> dict[str, ob
     facts.update(width=image.width, height=image.height, perceptual_hash=perceptual_hash(image))
     pixels = image if image.mode == "RGB" else image.convert("RGB")
     facts["mean"], facts["std"] = _moments(pixels)
+    if (facts["transparent"] or facts.get("white")) and (params.background, params.white_level) != KNOWN_BY:
+        pixels = render(open_image(data), *KNOWN_BY).convert("RGB")  # an image is the same one on any background
     hashed = hashlib.sha256(repr((pixels.height, pixels.width, 3)).encode())
     for top in range(0, pixels.height, ROWS_AT_ONCE):  # what NumPy or tobytes copy is as large as the image
         hashed.update(pixels.crop((0, top, pixels.width, min(top + ROWS_AT_ONCE, pixels.height))).tobytes())
@@ -260,9 +263,9 @@ def _check_kept(assignment: Assignment, params: config.Ingest) -> None:
     contradictions, images = assignment.contradictions(), assignment.count("SELECT COUNT(*) FROM image")
     if len(contradictions) > params.max_corrupt_fraction * images:
         raise StageError(
-            f"{params.path}: {len(contradictions)} of {images} images fit no split any more ({contradictions[0]}); "
-            f"ingest.max_corrupt_fraction allows {params.max_corrupt_fraction:g} of them. Go back to the splits and "
-            "groups of before, or begin anew under another model name"
+            f"{params.path}: {len(contradictions)} of {images} images fit no split ({contradictions[0]}); "
+            f"ingest.max_corrupt_fraction allows {params.max_corrupt_fraction:g} of them. Correct the splits or groups "
+            "of the source, or begin anew under another model name"
         )
 
 
@@ -354,7 +357,7 @@ def tell(found: dict[str, Any]) -> Iterator[str]:
     if found["erased"]:
         yield f"{found['erased']} images are left out, as ingest.erased asks"
     if found["set_aside_by_the_ledger"]:
-        yield f"{found['set_aside_by_the_ledger']} images fit no split any more and are set aside"
+        yield f"{found['set_aside_by_the_ledger']} images fit no split and are set aside"
     if found["matched_rows"]:
         lonely = ", ".join(f"{count} {what}" for what, count in found["unmatched"].items())
         yield f"{found['matched_rows']} images have their row in the table; {lonely}"

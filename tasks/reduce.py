@@ -86,9 +86,13 @@ def reduce_file(source: Path, target: Path, pack: bool = True) -> dict[str, Any]
     It is compared bit by bit on TRIED random inputs, with ONNX Runtime's optimizations. `StageError` if the file is no
     model with one input of float32, or if a bit differs; then nothing is written.
     """
-    first = session.open_session(source, threads=1)
+    if not source.is_file():
+        raise StageError(f"{source} is no file: name a quantized ONNX file")
+    first, size = session.open_session(source, threads=1), source.stat().st_size
     inputs = _random_inputs(source, first)
-    original = onnx.load(source)
+    original = packing.unpack(onnx.load(source))
+    if any(one.HasField("g") or one.graphs for node in original.graph.node for one in node.attribute):
+        raise StageError(f"{source} has graphs inside of nodes, such as If: it cannot be reduced")
     model, record = reduce(original)
     model = packing.pack(model) if pack else model
     onnx.helper.set_model_props(model, {entry.key: entry.value for entry in original.metadata_props})
@@ -98,7 +102,7 @@ def reduce_file(source: Path, target: Path, pack: bool = True) -> dict[str, Any]
         if any(before.tobytes() != after.tobytes() for before, after in pairs):
             raise StageError(f"{source} cannot be reduced: an output differs on random input {number}")
     files.write_bytes(target, model.SerializeToString())
-    sizes = {"size_bytes_before": source.stat().st_size, "size_bytes_after": target.stat().st_size}
+    sizes = {"size_bytes_before": size, "size_bytes_after": target.stat().st_size}
     return {"bit_identical_inputs": len(inputs), **sizes, **record}
 
 

@@ -226,7 +226,8 @@ def test_what_cannot_be_reduced_is_one_sentence_and_writes_nothing(tmp_path: Pat
     onnx.save(two, tmp_path / "two.onnx")
     for name, says in (
         ("text.onnx", "text.onnx does not load in ONNX Runtime"),
-        ("gone.onnx", "gone.onnx does not load in ONNX Runtime"),
+        ("gone.onnx", "gone.onnx is no file: name a quantized ONNX file"),
+        (".", " is no file: name a quantized ONNX file"),
         ("two.onnx", "two.onnx does not take one batch of float32 images of a fixed size"),
     ):
         done = weighin(tmp_path / name)

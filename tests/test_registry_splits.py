@@ -23,6 +23,8 @@ def begun(tmp_path_factory: pytest.TempPathFactory, own_git: None) -> Ledger:
     """One promotion, whose run had A in train and B in test."""
     made = Ledger.begin(tmp_path_factory.mktemp("begun") / "project", bootstrap=True)
     made.know(**{A: "train", B: "test"})
+    rows = [{"path": "1.png", "sha256": C, "pixels_sha256": A, "split": "train"}]
+    pq.write_table(pa.Table.from_pylist(rows), made.root / paths.MANIFEST)
     made.decide(1)
     return made
 
@@ -168,3 +170,18 @@ def test_an_erased_image_excuses_no_other_file(project: Ledger) -> None:
     report = audited(project)
     assert [one.file for one in report.damage] == ["data/prepared/val.parquet"]
     assert len(report.erased) == 1
+
+
+def test_what_an_earlier_run_had_excuses_nothing_of_a_later_one(project: Ledger) -> None:
+    """The ledger of the second run has the image still, but not its files."""
+    project.prepare()
+    project.write(paths.TRAIN, b"of the second run")
+    project.know(**{A: "train", B: "test"})
+    project.decide(2, wrong=5)
+    forget(project, paths.TRAIN)
+    project.write(paths.TRAIN, b"of the third run")
+    project.know(**{A: "erased", B: "test"})
+    project.decide(3, wrong=5)
+    report = audited(project)
+    assert [(one.decision, one.file) for one in report.damage] == [("classifier@v0.2.0", "data/prepared/train.parquet")]
+    assert report.erased == []

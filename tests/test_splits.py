@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -164,7 +166,45 @@ def test_an_image_whose_own_split_contradicts_the_ledger_is_set_aside(group: str
     images: list[Image] = [(f"{number:064}", "dog", group, "test"), (f"{1:064}", "cat", None, "test")]
     _, splits, reasons = assigned(images, known)
     assert splits == {f"{number:064}": None, f"{1:064}": "test"}
-    assert reasons == ["its own split is test, and it or its group was in train"]
+    assert reasons == ["its own split is test, and it, a copy or its group is in train"]
+
+
+def test_an_official_train_image_that_was_drawn_for_val_stays_there_when_another_has_no_split() -> None:
+    images: list[Image] = [(pixels, label, None, "train") for pixels, label, _, _ in plain(0, 100)]
+    images += [(pixels, label, None, "test") for pixels, label, _, _ in plain(100, 120)]
+    known, splits, _ = assigned(images)
+    _, after, reasons = assigned([*images, *plain(200, 201)], known)
+    assert reasons == []
+    assert {pixels: after[pixels] for pixels in splits} == splits
+
+
+def test_groups_are_remembered_by_all_their_names() -> None:
+    """In the second run all groups have other names, and in the third there are new images only."""
+
+    def groups(name: str, start: int) -> list[Image]:
+        return [image for one in range(40) for image in plain(start + 3 * one, start + 3 * one + 3, f"{name}{one}")]
+
+    known, splits, _ = assigned(groups("A", 0))
+    known, _, _ = assigned(groups("B", 0), known)
+    for name in ("A", "B"):
+        _, after, _ = assigned(groups(name, 1000), known)
+        for one in range(40):
+            assert after[f"{1000 + 3 * one:064}"] == splits[f"{3 * one:064}"]
+
+
+def test_an_image_is_the_same_one_on_another_background_and_by_another_white(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", 20)
+    rng = np.random.default_rng(0)
+    for index in range(20):
+        pixels = rng.integers(0, 256, (8, 8, 4), dtype=np.uint8)
+        put(source / f"cat/clear{index}.png", encoded(PIL.Image.fromarray(pixels, "RGBA")))
+        values = rng.integers(0, 4096, (8, 8)).astype(np.uint16) * 16
+        put(source / f"dog/deep{index}.png", encoded(PIL.Image.fromarray(values)))
+    _, before = ingested(parameters(source), tmp_path / "first")
+    other = parameters(source, background=(0, 0, 0), white_level=40000)
+    taken(other, tmp_path / "second", ledger.read(tmp_path / "first/ledger.parquet"))
+    for name in SPLITS:
+        assert set(pd.read_parquet(tmp_path / f"second/{name}.parquet")["path"]) == set(before[name]["path"])
 
 
 def test_what_was_drawn_from_an_official_train_split_stays_where_it_was_drawn_to() -> None:
@@ -219,7 +259,7 @@ def test_more_contradictions_than_allowed_stop_the_run_with_the_first_one(tmp_pa
             ledger.read(tmp_path / "first/ledger.parquet"),
         )
     said = str(caught.value)
-    assert "of 40 images fit no split any more (its own split is test, and it or its group was in train)" in said
+    assert "of 40 images fit no split (its own split is test, and it, a copy or its group is in train)" in said
     assert "begin anew under another model name" in said
 
 

@@ -99,9 +99,9 @@ def _check_splits(
     """
     from flows.registry import splits  # brings pandas
 
-    def known(link: Link) -> "pa.Table | None":
+    def known(link: Link, *, of_the_run: bool = False) -> "pa.Table | None":
         try:
-            return splits.read_cached(store.cached, made[link.commit])
+            return splits.read_cached(store.cached, made[link.commit], of_the_run=of_the_run)
         except WeighinError as error:
             report.noting(link.name, "artifact", link.commit)(str(paths.LEDGER), "a ledger of splits", str(error))
             return None
@@ -112,7 +112,7 @@ def _check_splits(
         runs = [link for link in own if link.decision.outcome in splits.RUNS]
         erased = splits.erased_in(known(runs[0])) if runs else set()
         if erased:
-            held |= {link.commit: splits.find_erased(known(link), erased) for link in own}
+            held |= {link.commit: splits.find_erased(known(link, of_the_run=True), erased) for link in own}
         before = None
         for link in reversed(runs) if everything else ():
             after = known(link)

@@ -32,7 +32,7 @@ def judge_again(schema: int, evidence: Evidence, params: Any) -> Json:
     `params` is the content of the recorded params.yaml.
     """
     try:
-        classes = gate.classes_of(params["classes"], evidence.report)
+        classes = gate.classes_of(params.get("classes"), evidence.report)
         if schema == 1:
             return _judge_1(evidence, params["gate"], classes)
         if schema not in (2, 3, 4, 5):

@@ -230,7 +230,8 @@ class Registry:
             **fields,
         )
         made_of = materials.read(self.root, contents["dvc.lock"])
-        splits.require_grown(self.root, view.links, self.model, made_of.outputs)
+        for model in dict.fromkeys((self.model, params.finetune.weights.model or self.model)):
+            splits.require_grown(self.root, view.links, model, made_of.outputs)
         bundle = _bundle(self.root, decision, contents, verdict, made_of)
         if self.remote:
             push_outputs(view, made_of.outputs)

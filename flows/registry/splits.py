@@ -56,9 +56,15 @@ def require_grown(root: Path, links: Iterable[Link], model: str, outputs: tuple[
         )
 
 
-def read_cached(cached: Callable[[str], Path], outputs: tuple[Material, ...]) -> pa.Table | None:
-    """The ledger among these outputs, or what the manifest stands for; None if it is not intact in the cache."""
-    for path, read in ((paths.LEDGER, ledger.read), (paths.MANIFEST, _read_manifest)):
+def read_cached(
+    cached: Callable[[str], Path], outputs: tuple[Material, ...], *, of_the_run: bool = False
+) -> pa.Table | None:
+    """The ledger among these outputs, or what the manifest stands for; None if it is not intact in the cache.
+
+    With `of_the_run` always the latter: the ledger has images of earlier runs, too.
+    """
+    kinds = ((paths.LEDGER, ledger.read), (paths.MANIFEST, _read_manifest))
+    for path, read in kinds[1:] if of_the_run else kinds:
         material = _find(outputs, path)
         if material is None:
             continue

@@ -17,7 +17,8 @@ from tasks.core.errors import StageError
 
 STEP = 16  # widths are cut by multiples of it
 FRAME_BYTES = 600  # metadata, input and output of a file
-NODE_BYTES = 215  # nodes and per-tensor constants of a layer, with short names
+CONVOLUTION_BYTES = 215  # nodes and per-tensor constants of a layer, with short names
+LINEAR_BYTES = 320  # the bias of a matrix product stays int32, with scales of its own
 SUM_BYTES = 150  # those of a sum
 CHANNEL_BYTES = 8  # scale and bias of an output channel
 
@@ -87,7 +88,8 @@ def size_bytes(operator: Operator, inputs: int, outputs: int) -> float:
     if operator.kind in ("frame", "add"):
         return FRAME_BYTES if operator.kind == "frame" else SUM_BYTES
     reads = 1 if operator.kind == "depthwise" else inputs
-    return NODE_BYTES + outputs * (reads * operator.kernel**2 + CHANNEL_BYTES)
+    nodes = LINEAR_BYTES if operator.kind == "linear" else CONVOLUTION_BYTES
+    return nodes + outputs * (reads * operator.kernel**2 + CHANNEL_BYTES)
 
 
 def _around(operator: Operator, inputs: int, outputs: int) -> Iterator[tuple[tuple[int, int], float]]:

@@ -27,6 +27,7 @@ from tasks.graphs.graph import Array
 
 LEAST = 64  # bytes that a tensor must save by itself: a Reshape and its shape
 LONGEST_GAP = 255
+LEAST_OPSET = 18  # of BitwiseAnd
 TABLES = {bits: np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=np.int8) for bits in (2, 4)}
 
 
@@ -85,7 +86,8 @@ def pack(model: onnx.ModelProto) -> onnx.ModelProto:
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     chosen: list[Callable[[Sheet], None]] = []
     best = _written(model, chosen)
-    for form in _forms(tensors):
+    opset = max((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), default=0)
+    for form in _forms(tensors) if opset >= LEAST_OPSET else ():
         tried = _written(model, [*chosen, form])
         if tried.ByteSize() < best.ByteSize():
             chosen, best = [*chosen, form], tried
@@ -125,7 +127,8 @@ def _forms(tensors: dict[str, Array]) -> Iterator[Callable[[Sheet], None]]:
 def _is_half(values: Array) -> bool:
     if values.dtype != np.float32 or values.ndim == 0 or values.size < 2:
         return False
-    return np.array_equal(values.astype(np.float16).astype(np.float32), values)
+    with np.errstate(over="ignore"):
+        return np.array_equal(values.astype(np.float16).astype(np.float32), values)
 
 
 def _table(codes: Array) -> tuple[int, Array]:

@@ -8,7 +8,7 @@ pixels, null where it cannot be used; `part` is its group, and `own` the split t
    where the ledger has some of it. Where that is in several splits, because groups turned out to be one, the part
    belongs to the split that learned most of it (train, then val, then test), and what the ledger has elsewhere is set
    aside: it can be neither trained on nor judged on any more.
-3. An image whose own split contradicts that is set aside.
+3. An image whose own split contradicts that is set aside; what is train of its own may have been drawn for another.
 4. Otherwise an image with an own split keeps it, and the rest of its part follows. Of a part with several, the one
    counts that learns most, and images with another are set aside.
 5. What is left is drawn. Within a class, parts are ordered by SHA-256 of seed and name, and cut where the shares of
@@ -42,15 +42,23 @@ class Assignment:
             "CREATE TABLE image (id INTEGER PRIMARY KEY, label TEXT, pixels TEXT, part TEXT, own TEXT, split TEXT, "
             "reason TEXT, name TEXT)"
         )
-        database.execute("CREATE TABLE ledger (pixels TEXT PRIMARY KEY, split TEXT, part TEXT, generation INTEGER)")
-        rows = zip(*(known[name].to_pylist() for name in ledger.SCHEMA.names), strict=True)
+        database.execute("CREATE TABLE ledger (pixels TEXT PRIMARY KEY, split TEXT, generation INTEGER)")
+        database.execute("CREATE TABLE link (pixels TEXT, part TEXT, PRIMARY KEY (pixels, part)) WITHOUT ROWID")
+        rows = list(zip(*(known[name].to_pylist() for name in ledger.SCHEMA.names), strict=True))
         database.execute("BEGIN")
-        database.executemany("INSERT INTO ledger VALUES (?, ?, ?, ?)", rows)
         database.executemany(
-            f"INSERT INTO ledger VALUES (?, '{ledger.ERASED}', NULL, 0) "  # noqa: S608
-            f"ON CONFLICT (pixels) DO UPDATE SET split = '{ledger.ERASED}', part = NULL",
-            ((pixels,) for pixels in erased),
+            "INSERT OR IGNORE INTO ledger VALUES (?, ?, ?)", ((pixels, split, age) for pixels, split, _, age in rows)
         )
+        database.executemany(
+            "INSERT INTO link VALUES (?, ?)", ((pixels, group) for pixels, _, group, _ in rows if group is not None)
+        )
+        for pixels in erased:
+            database.execute(
+                f"INSERT INTO ledger VALUES (?, '{ledger.ERASED}', 0) "  # noqa: S608
+                f"ON CONFLICT (pixels) DO UPDATE SET split = '{ledger.ERASED}'",
+                (pixels,),
+            )
+            database.execute("DELETE FROM link WHERE pixels = ?", (pixels,))
         database.execute("COMMIT")
 
     def add(self, index: int, label: str | None, pixels: str | None, group: str | None, own: str | None) -> None:
@@ -65,7 +73,7 @@ class Assignment:
         _join_parts(self.database)
         own = {row[0] for row in self.database.execute("SELECT DISTINCT own FROM image WHERE pixels IS NOT NULL")}
         drawn = "own IS NULL" if None in own else "own = 'train'"
-        _keep_known(self.database, drawn)
+        _keep_known(self.database)
         _keep_own(self.database, drawn, follow=None in own)
         shares = (0.0 if "test" in own else split.test, 0.0 if "val" in own else split.val)
         _draw(self.database, drawn, seed, *shares)
@@ -111,7 +119,9 @@ class Assignment:
 
     def ledger(self) -> pa.Table:
         """The ledger with the images of this source."""
-        rows = self.database.execute("SELECT pixels, split, part, generation FROM ledger ORDER BY pixels").fetchall()
+        rows = self.database.execute(
+            "SELECT pixels, split, part, generation FROM ledger LEFT JOIN link USING (pixels) ORDER BY pixels, part"
+        ).fetchall()
         columns = zip(*rows, strict=True) if rows else [()] * len(ledger.SCHEMA)
         return pa.table([pa.array(column, field.type) for column, field in zip(columns, ledger.SCHEMA, strict=True)],
                         schema=ledger.SCHEMA)  # fmt: skip
@@ -131,7 +141,7 @@ def _join_parts(database: sqlite3.Connection) -> None:
 
     pairs = (
         "SELECT pixels, part FROM image WHERE part IS NOT NULL AND pixels IS NOT NULL "
-        "UNION SELECT pixels, part FROM ledger WHERE part IS NOT NULL ORDER BY 1, 2"
+        "UNION SELECT pixels, part FROM link ORDER BY 1, 2"
     )
     last: tuple[str, str] | None = None
     for pixels, part in database.execute(pairs):
@@ -152,7 +162,7 @@ def _join_parts(database: sqlite3.Connection) -> None:
     database.execute("CREATE INDEX by_part ON image(part)")
 
 
-def _keep_known(database: sqlite3.Connection, drawn: str) -> None:
+def _keep_known(database: sqlite3.Connection) -> None:
     """Rules 1 to 3: all that the ledger has a word in."""
     database.execute("CREATE TABLE held (part TEXT PRIMARY KEY, rank INTEGER) WITHOUT ROWID")
     database.execute(
@@ -170,8 +180,8 @@ def _keep_known(database: sqlite3.Connection, drawn: str) -> None:
             WHEN {known} = '{ledger.EXCLUDED}' THEN 'models that it was used for had it in different splits'
             WHEN {RANK.format(known)} <> {part}
                 THEN 'it was in ' || {known} || ', and others of its group were in ' || {NAME.format(part)}
-            WHEN own <> {NAME.format(part)} AND NOT ({drawn})
-                THEN 'its own split is ' || own || ', and it or its group was in ' || {NAME.format(part)}
+            WHEN own NOT IN ('train', {NAME.format(part)})
+                THEN 'its own split is ' || own || ', and it, a copy or its group is in ' || {NAME.format(part)}
             END
         WHERE pixels IS NOT NULL
         """  # noqa: S608
@@ -192,7 +202,7 @@ def _keep_own(database: sqlite3.Connection, drawn: str, *, follow: bool) -> None
     database.execute(
         f"""
         UPDATE image SET
-            reason = 'its own split is ' || own || ', and a copy or others of its group are in ' || {NAME.format(part)}
+            reason = 'its own split is ' || own || ', and it, a copy or its group is in ' || {NAME.format(part)}
         WHERE {USABLE} AND split IS NULL AND {RANK.format("own")} <> {part}
         """  # noqa: S608
     )
@@ -247,14 +257,14 @@ def _grow(database: sqlite3.Connection) -> None:
     database.execute(
         f"""
         INSERT INTO ledger
-        SELECT pixels, {NAME.format(f"MIN({RANK.format('split')})")}, MIN(name),
+        SELECT pixels, {NAME.format(f"MIN({RANK.format('split')})")},
                1 + (SELECT COALESCE(MAX(generation), 0) FROM ledger)
         FROM image WHERE {USABLE} AND pixels NOT IN (SELECT pixels FROM ledger) GROUP BY pixels
         """  # noqa: S608
     )
     database.execute(
         f"""
-        UPDATE ledger SET part = (SELECT MIN(name) FROM image WHERE image.pixels = ledger.pixels)
-        WHERE part IS NULL AND split IN {SPLITS}
+        INSERT OR IGNORE INTO link SELECT pixels, name FROM image JOIN ledger USING (pixels)
+        WHERE name IS NOT NULL AND ledger.split IN {SPLITS}
         """  # noqa: S608
     )

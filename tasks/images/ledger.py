@@ -1,9 +1,10 @@
 """The ledger of splits: for each image that a run of this model ever used, the split that it is in for good.
 
 An image is known by the SHA-256 of its pixels. A row of the table has `pixels_sha256`; `split`, which is train, val,
-test, `erased` (on request) or `excluded` (two models disagree on it); `group`, if it has one; and `generation`: the
-first images are of generation 1, those that came with the next growth of generation 2, and so on. Rows are never
-removed, and an image never goes from one of the three splits to another: what was trained on is never tested on.
+test, `erased` (on request) or `excluded` (two models disagree on it); `group`, if it has one, with a row for each; and
+`generation`: the first images are of generation 1, those that came with the next growth of generation 2, and so on.
+Rows are never removed, and an image never goes from one of the three splits to another: what was trained on is never
+tested on.
 """
 
 from collections.abc import Iterable
@@ -41,7 +42,11 @@ def read(path: Path) -> pa.Table:
 def write(path: Path, ledger: pa.Table) -> None:
     """Write the ledger, ordered by the hashes, so that the same ledger is the same file."""
     with files.replacing(path) as (temporary,):
-        pq.write_table(ledger.sort_by("pixels_sha256").cast(SCHEMA), temporary, compression="zstd")
+        pq.write_table(
+            ledger.sort_by([("pixels_sha256", "ascending"), ("group", "ascending")]).cast(SCHEMA),
+            temporary,
+            compression="zstd",
+        )
 
 
 def find_moved(before: pa.Table, after: pa.Table) -> list[str]:
@@ -59,24 +64,39 @@ def find_moved(before: pa.Table, after: pa.Table) -> list[str]:
 
 
 def unite(ledgers: Iterable[pa.Table]) -> pa.Table:
-    """One ledger of several; the first one's groups and generations hold. What they disagree on is `excluded`."""
-    rows: dict[str, dict[str, object]] = {}
-    for ledger in ledgers:
+    """One ledger of several, where only the first one's generations count. What they disagree on is `excluded`."""
+    splits: dict[str, tuple[str, int]] = {}
+    groups: dict[str, set[str | None]] = {}
+    for number, ledger in enumerate(ledgers):
         for row in ledger.to_pylist():
-            known = rows.setdefault(row["pixels_sha256"], row)
-            if known["split"] != row["split"]:
-                erased = ERASED in (known["split"], row["split"])
-                rows[row["pixels_sha256"]] = known | {"split": ERASED if erased else EXCLUDED}
-    return pa.Table.from_pylist(list(rows.values()), SCHEMA)
+            pixels, split = row["pixels_sha256"], row["split"]
+            known, generation = splits.setdefault(pixels, (split, 0 if number else row["generation"]))
+            if known != split:
+                splits[pixels] = (ERASED if ERASED in (known, split) else EXCLUDED, generation)
+            groups.setdefault(pixels, set()).add(row["group"])
+    return _table((pixels, *found, groups[pixels]) for pixels, found in splits.items())
 
 
 def from_manifest(manifest: pa.Table) -> pa.Table:
-    """The ledger that a manifest stands for, of a run that kept none yet; copies of an image are one row."""
+    """The ledger that a manifest stands for, of a run that kept none yet."""
     names = manifest.column_names
     if not {"pixels_sha256", "split"} <= set(names):
         raise StageError("it is no manifest: it has no columns pixels_sha256 and split")
-    rows: dict[str, dict[str, object]] = {}
+    splits: dict[str, str] = {}
+    groups: dict[str, set[str | None]] = {}
     for row in manifest.select([name for name in ("pixels_sha256", "split", "group") if name in names]).to_pylist():
         if row["split"] is not None and row["pixels_sha256"] is not None:
-            rows.setdefault(row["pixels_sha256"], {"group": None, **row, "generation": 1})
-    return pa.Table.from_pylist(list(rows.values()), SCHEMA)
+            splits.setdefault(row["pixels_sha256"], row["split"])
+            groups.setdefault(row["pixels_sha256"], set()).add(row.get("group"))
+    return _table((pixels, split, 1, groups[pixels]) for pixels, split in splits.items())
+
+
+def _table(images: Iterable[tuple[str, str, int, set[str | None]]]) -> pa.Table:
+    """A row for each image and group of it, or one without a group."""
+    none: list[str | None] = [None]
+    rows = [
+        {"pixels_sha256": pixels, "split": split, "group": group, "generation": generation}
+        for pixels, split, generation, groups in images
+        for group in (sorted(filter(None, groups)) if split != ERASED else none) or none
+    ]
+    return pa.Table.from_pylist(rows, SCHEMA)
