@@ -131,7 +131,7 @@ def test_the_record_is_audited_explained_and_made_again(workspace: Workspace) ->
     assert [row["decision"] for row in json.loads(seen)] == ["mlp-digits@v0.1.0"]
     again = json.loads(workspace.output("weighin", "reproduce", "v0.1.0", "--json"))
     assert again["holds"] is True
-    assert len(again["artifacts"]) == 25
+    assert len(again["artifacts"]) == 27
     assert all(one["same"] for one in again["artifacts"])
     assert len(workspace.git("worktree", "list").splitlines()) == 1
 
