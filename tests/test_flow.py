@@ -51,10 +51,12 @@ def workspace(first: tuple[Workspace, dict[str, Any]]) -> Iterator[Workspace]:
     used, _ = first
     tags = set(used.git("tag").split())
     tip = used.git("rev-parse", "registry")
-    lock, results = (used.root / "dvc.lock").read_bytes(), used.results()
+    kept = {name: (used.root / name).read_bytes() for name in ("dvc.lock", "data/splits/ledger.parquet")}
+    results = used.results()
     yield used
     shutil.copy(used.root / RECIPE, used.root / "params.yaml")
-    (used.root / "dvc.lock").write_bytes(lock)
+    for name, content in kept.items():
+        (used.root / name).write_bytes(content)
     if used.results() != results:
         used.output("dvc", "checkout", "--force", "--quiet")
     used.git("update-ref", "refs/heads/registry", tip)
@@ -276,10 +278,12 @@ def test_what_dvc_would_wait_for_or_pass_over_is_refused(workspace: Workspace) -
     assert workspace.sentence() == "data/raw/mnist-5k/pipe is a FIFO, not a file: remove it from the source"
     (source / "pipe").unlink()
     (source / "a.notes").write_text("not for DVC")
-    with (workspace.root / ".dvcignore").open("a") as ignored:
-        ignored.write("*.notes\n")
+    before = (workspace.root / ".dvcignore").read_text()
+    (workspace.root / ".dvcignore").write_text(before + "*.notes\n")
     workspace.change(ingest={"seed": 5})
     assert workspace.sentence().startswith("DVC has hashed 2 of 3 files in data/raw/mnist-5k, so that changes of the ")
+    (workspace.root / ".dvcignore").write_text(before)
+    (source / "a.notes").unlink()
 
 
 @pytest.mark.parametrize("command", ["run", "search"])
