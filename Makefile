@@ -3,7 +3,7 @@
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13,$(shell command -v $(name))) python3)
 PARAMS ?= params.yaml
 BIN := .venv/bin
-# The tests write and sync many small files, which takes them a fifth less time in memory, where there is room.
+# The tests write and sync many small files, which is faster in memory, where there is room.
 IN_MEMORY := $(shell [ "$$(df --output=avail /dev/shm 2>/dev/null | tail -1)" -gt 8000000 ] 2>/dev/null \
 	&& ! findmnt -no OPTIONS /dev/shm | grep -q noexec && echo /dev/shm)
 # Stages are processes of their own: they start sooner from modules that were compiled once, at their first use.

@@ -79,9 +79,7 @@ def audit(
     erased = _check_splits(links, made, store, artifacts == ALL, report)
     for link in links:
         if link.commit in wanted:
-            report.audited.append(link.name)
-            note = report.noting(link.name, "artifact", link.commit)
-            store.check(link.name, made[link.commit], erased.get(link.commit, {}), note)
+            store.check(link, made[link.commit], erased.get(link.commit, {}))
     check_tags(root, found, walked, standings, is_whole, report)
     check_histories(root, walked, report)
     check_replacements(root, reader, report)

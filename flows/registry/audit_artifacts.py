@@ -24,18 +24,20 @@ class Store:
         self.remote = dvc_bridge.remote(root) if remotely else None
         self.known: dict[tuple[str, bool], tuple[str | None, str | None]] = {}
 
-    def check(self, name: str, outputs: tuple[Material, ...], erased: dict[str, int], note: Note) -> None:
-        """Every artifact of the decision called `name` is there, and hashes to what was recorded.
+    def check(self, link: Link, outputs: tuple[Material, ...], erased: dict[str, int]) -> None:
+        """Every artifact of the decision is there, and hashes to what was recorded.
 
         One that held images which are `erased` by now, so many by path, may be gone: that is told.
         """
+        self.report.audited.append(link.name)
+        note = self.report.noting(link.name, "artifact", link.commit)
         for material in outputs:
             here, there = self._hash_both(material)
             expected = material.hash
             gone = material.path in erased and (there if self.remote else here) is None
             if gone:
                 images = count(erased[material.path], "image")
-                self.report.erased.append(f"{name}: {material.path} is gone, and held {images} erased on request")
+                self.report.erased.append(f"{link.name}: {material.path} is gone, and held {images} erased on request")
             if here is None and there is None and not gone:
                 where = "DVC's cache and remote" if self.remote else "DVC's cache (`dvc fetch`, or --remote)"
                 note(material.path, expected, f"missing in {where}")

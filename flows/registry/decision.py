@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from tasks.core import paths
+from tasks.core.config import Sha256
 from tasks.core.errors import RegistryError
 from tasks.gate import Check
 
@@ -38,7 +39,6 @@ REQUIRED_FILES: dict[int, tuple[str, ...]] = {
     2: (*COPIED_FILES, *ORIGIN_FILES, "trusted_keys", "README.md", DECISION, SIGNATURE),
 }
 
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Version = Annotated[str, Field(pattern=r"^v\d+\.\d+\.\d+$")]
 Outcome = Literal["promoted", "refused", "held", "approved", "rolled-back"]
 Document = TypeVar("Document", bound=BaseModel)

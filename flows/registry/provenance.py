@@ -16,6 +16,7 @@ from flows.registry.decision import SIGNATURE, Decision
 from flows.registry.git import Objects
 from flows.registry.materials import CODE, Material, Materials, locked_outputs
 from tasks.core import config, paths
+from tasks.core.config import Sha256
 from tasks.core.errors import RegistryError
 from tasks.core.files import Json
 
@@ -25,7 +26,6 @@ BUILD = "urn:weighin:retrain:v1"
 BUILDER = "urn:weighin:local:v1"  # whatever machine the signer ran it on
 MOST_SOURCES = 1000
 
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1)]
 
 

@@ -14,7 +14,7 @@ from tasks.graphs import graph
 from tasks.graphs.codebook import LARGEST
 from tasks.graphs.graph import Array
 
-TRIED = np.linspace(0.3, 1, 36)
+TRIED = np.linspace(0.3, 1, 36)  # shares of a channel's range that a grid of few codes may cover
 LEAST_HALF = float(np.finfo(np.float16).smallest_normal)  # below, float16 is less precise
 
 
@@ -54,9 +54,7 @@ def round_to_halves(quantized: onnx.ModelProto, original: onnx.ModelProto) -> No
         rounded, most = half_above(step), int(abs(codes.astype(int)).max())
         if rounded.min() < LEAST_HALF:
             continue
-        axis = int(graph.attribute(dequantizer, "axis", 1)) % codes.ndim
-        shape = [-1 if number == axis else 1 for number in range(codes.ndim)] if step.ndim else []
-        codes = np.rint(weights / rounded.reshape(shape)).clip(-most, most).astype(np.int8)
+        codes = np.rint(weights / rounded.reshape(_shape(dequantizer, codes, step))).clip(-most, most).astype(np.int8)
         grids.append(Grid(dequantizer, codes, rounded))
     put_halves(quantized, graph.arrays(original), grids)
     for tensor in quantized.graph.initializer:
@@ -74,9 +72,8 @@ def coarsen(quantized: onnx.ModelProto, original: onnx.ModelProto, bits: int) ->
     largest = 2 ** (bits - 1) - 1
     for dequantizer, weights in round_weights(quantized, original)[:-1]:
         codes, step = (numpy_helper.to_array(constants[name]) for name in dequantizer.input[:2])
-        axis = int(graph.attribute(dequantizer, "axis", 1)) % codes.ndim
-        others = tuple(number for number in range(codes.ndim) if number != axis or not step.ndim)
-        shape = [1 if number in others else -1 for number in range(codes.ndim)]
+        shape = _shape(dequantizer, codes, step)
+        others = tuple(axis for axis, size in enumerate(shape) if size == 1)
         tried = [half_above(step * (LARGEST / largest * share)).reshape(shape) for share in TRIED]
         errors = [((np.rint(weights / one).clip(-largest, largest) * one - weights) ** 2).sum(others) for one in tried]
         best = np.argmin(np.reshape(errors, (len(TRIED), -1)), axis=0)
@@ -84,6 +81,12 @@ def coarsen(quantized: onnx.ModelProto, original: onnx.ModelProto, bits: int) ->
         codes = np.rint(weights / found.reshape(shape)).clip(-largest, largest).astype(np.int8)
         grids.append(Grid(dequantizer, codes, found.reshape(step.shape)))
     put_halves(quantized, graph.arrays(original), grids)
+
+
+def _shape(dequantizer: onnx.NodeProto, codes: Array, step: Array) -> list[int]:
+    """The shape in which a step, one or one for each channel, goes with the codes."""
+    axis = int(graph.attribute(dequantizer, "axis", 1)) % codes.ndim
+    return [-1 if step.ndim and number == axis else 1 for number in range(codes.ndim)]
 
 
 def put_halves(quantized: onnx.ModelProto, floats: Mapping[str, Array], grids: list[Grid]) -> None:
