@@ -119,7 +119,7 @@ class Verdict(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)  # a slice without a champion has no difference
 
 
-class Judged(NamedTuple):
+class Subject(NamedTuple):
     """What the verdict is about, each by its SHA-256; of the code, that of what judges: see `judging_code`."""
 
     model_sha256: str
@@ -137,7 +137,7 @@ class Evidence(NamedTuple):
     golden_sha256: str | None
     packed_sha256: str | None  # of the shipped file packed for the way there
     infra: object  # how the shipped file met the golden outputs in a fresh process
-    judged: Judged
+    subject: Subject
 
 
 def check(name: str, value: object, operator: Operator, limit: Any, where: str | None = None) -> Check:
@@ -191,7 +191,7 @@ def gate(
     checks = [
         *_same_files(evidence, table),
         *_thresholds(evidence.report, limits),
-        *_balanced(table, limits, classes),
+        *_balanced_accuracy(table, limits, classes),
         *_against_champion(evidence, compared, limits),
         *(one for column, found in slices.items() for one in _slices(column, found, limits.slices[column], compared)),
         *infra_checks(evidence.infra, limits.max_golden_difference),
@@ -200,7 +200,7 @@ def gate(
         schema_version=SCHEMA_VERSION,
         passed=all(one.passed for one in checks),
         checks=tuple(checks),
-        **evidence.judged._asdict(),
+        **evidence.subject._asdict(),
         champion=evidence.champion,
         comparison=compared,
         class_change=_class_change(evidence.report),
@@ -298,9 +298,9 @@ def _slice(value: str, table: Table, limit: config.Slice, limits: config.Gate) -
 
 
 def _same_files(evidence: Evidence, table: Table) -> Iterator[Check]:
-    report, judged = evidence.report, evidence.judged
-    yield check("model_sha256", at(report, "stages", "reduce", "sha256"), "==", judged.model_sha256)
-    yield check("data_sha256", at(report, "data_sha256"), "==", judged.data_sha256)
+    report, subject = evidence.report, evidence.subject
+    yield check("model_sha256", at(report, "stages", "reduce", "sha256"), "==", subject.model_sha256)
+    yield check("data_sha256", at(report, "data_sha256"), "==", subject.data_sha256)
     yield check("predictions_sha256", at(report, "predictions_sha256"), "==", files.sha256_of(evidence.predictions))
     yield check("golden_sha256", at(report, "golden_sha256"), "==", evidence.golden_sha256)
     yield check("packed_sha256", at(report, "packed_sha256"), "==", evidence.packed_sha256)
@@ -320,7 +320,7 @@ def _thresholds(report: object, limits: config.Gate) -> Iterator[Check]:
         yield check("latency_ms", amount(at(last, "latency_p50_ms")), "<=", limits.max_latency_ms)
 
 
-def _balanced(table: Table, limits: config.Gate, classes: tuple[str, ...]) -> Iterator[Check]:
+def _balanced_accuracy(table: Table, limits: config.Gate, classes: tuple[str, ...]) -> Iterator[Check]:
     """Counted from the predictions; a class without images fails."""
     if limits.min_balanced_accuracy is None:
         return
@@ -368,7 +368,7 @@ def _against_champion(evidence: Evidence, compared: Comparison | None, limits: c
     margin = compared.margin if compared else limits.champion.margin
     yield check("top1_vs_champion", compared and compared.lower, ">", -margin)
     withdrawn = at(champion, "withdrawn")
-    rolled_back = float(evidence.judged.model_sha256 in withdrawn) if isinstance(withdrawn, list) else None
+    rolled_back = float(evidence.subject.model_sha256 in withdrawn) if isinstance(withdrawn, list) else None
     yield check("rolled_back", rolled_back, "<=", 0)
 
 
@@ -497,10 +497,10 @@ def sentence(verdict: Verdict) -> str:
         return "refused: " + "; ".join(map(reason, failed))
     compared = verdict.comparison
     given = f", with accuracy traded within a margin of {compared.margin:g}" if compared and compared.traded else ""
-    return f"makes weight: all {len(verdict.checks)} checks passed{given}{_told_classes(verdict.class_change)}"
+    return f"makes weight: all {len(verdict.checks)} checks passed{given}{_class_change_words(verdict.class_change)}"
 
 
-def _told_classes(change: ClassChange | None) -> str:
+def _class_change_words(change: ClassChange | None) -> str:
     added, removed = (", ".join(names) for names in (change.added, change.removed)) if change else ("", "")
     told = [f"with {added}, which the champion cannot answer"] if added else []
     return "".join(f"; {one}" for one in [*told, *([f"without {removed}, which it can"] if removed else [])])
@@ -521,7 +521,7 @@ def evidence(profile: config.Benchmark) -> Evidence:
         print(f"gate: {error}")
         infra = {"load": {"difference": None, "same_top1": False, "repeatable": False}}
     code = files.digest(judging_code(Path()))
-    judged = Judged(files.sha256(model), files.sha256(paths.TEST), files.sha256(paths.PARAMS), code)
+    subject = Subject(files.sha256(model), files.sha256(paths.TEST), files.sha256(paths.PARAMS), code)
     return Evidence(
         report=files.read_json(paths.report("benchmark")),
         predictions=paths.PREDICTIONS.read_bytes(),
@@ -529,7 +529,7 @@ def evidence(profile: config.Benchmark) -> Evidence:
         golden_sha256=files.sha256(paths.GOLDEN),
         packed_sha256=files.sha256(paths.PACKED),
         infra=infra,
-        judged=judged,
+        subject=subject,
     )
 
 

@@ -197,7 +197,7 @@ class Ledger:
             golden_sha256=files.sha256(self.root / paths.GOLDEN),
             packed_sha256=files.sha256(self.root / paths.PACKED),
             infra={"batch-1": {"difference": 0.0, "same_top1": True, "repeatable": True}},
-            judged=gate.Judged(model_sha256, data_sha256, params_sha256, code),
+            subject=gate.Subject(model_sha256, data_sha256, params_sha256, code),
         )
         verdict = gate.gate(evidence, params.gate, CLASSES)
         self.write(paths.report("gate"), (json.dumps(verdict.to_json(), indent=2) + "\n").encode())

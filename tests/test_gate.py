@@ -25,7 +25,7 @@ from tasks.core.errors import StageError
 from tasks.gate import (
     Check,
     Evidence,
-    Judged,
+    Subject,
     Verdict,
     classes_of,
     confirm,
@@ -43,7 +43,7 @@ from tasks.reduce import reduce
 from tasks.runtime import probe
 
 MODEL, DATA, PARAMS, CODE, CHAMPION, GOLDEN, PACKED = (letter * 64 for letter in "abcdef0")
-JUDGED = Judged(MODEL, DATA, PARAMS, CODE)
+SUBJECT = Subject(MODEL, DATA, PARAMS, CODE)
 MARGIN = 0.08
 LIMITS: dict[str, Any] = {
     "min_top1": 0.9,
@@ -110,7 +110,7 @@ def evidence_of(predictions: bytes, **changes: Any) -> Evidence:
     champion = {"version": "v3", "model_sha256": CHAMPION, "withdrawn": ["9" * 64], "bootstrap": False}
     good = {"difference": 0.0, "same_top1": True, "repeatable": True}
     infra = {"batch-1": good, "huge": good | {"difference": 0.001}}
-    return Evidence(report, predictions, champion, GOLDEN, PACKED, infra, JUDGED)._replace(**changes)
+    return Evidence(report, predictions, champion, GOLDEN, PACKED, infra, SUBJECT)._replace(**changes)
 
 
 def full() -> Evidence:
@@ -173,7 +173,7 @@ def test_on_every_limit_it_passes() -> None:
     verdict = judged(full())
     assert verdict.passed is True
     assert [check.name for check in verdict.checks] == CHECKS
-    assert {name: getattr(verdict, name) for name in JUDGED._fields} == JUDGED._asdict()
+    assert {name: getattr(verdict, name) for name in SUBJECT._fields} == SUBJECT._asdict()
     assert (verdict.champion, verdict.infra) == (full().champion, full().infra)
     assert sentence(verdict) == f"makes weight: all {len(CHECKS)} checks passed"
     on_limit = ("top1", "size_bytes", "latency_ratio", "latency_ms", "top1_by_label", "golden_difference")
@@ -228,9 +228,9 @@ def test_judging_leaves_the_evidence_as_it_was() -> None:
         (("report", "packed_sha256"), MODEL, ["packed_sha256"]),
         (("packed_sha256",), MODEL, ["packed_sha256"]),
         (("packed_sha256",), None, ["packed_sha256"]),
-        (("judged",), JUDGED._replace(model_sha256=DATA), ["model_sha256"]),
-        (("judged",), JUDGED._replace(data_sha256=MODEL), ["data_sha256"]),
-        (("judged",), JUDGED._replace(model_sha256="9" * 64), ["model_sha256", "rolled_back"]),
+        (("subject",), SUBJECT._replace(model_sha256=DATA), ["model_sha256"]),
+        (("subject",), SUBJECT._replace(data_sha256=MODEL), ["data_sha256"]),
+        (("subject",), SUBJECT._replace(model_sha256="9" * 64), ["model_sha256", "rolled_back"]),
         (("report", "champion", "sha256"), MODEL, ["champion_sha256"]),
         (("champion", "model_sha256"), MODEL, ["champion_sha256"]),
         (("champion", "withdrawn"), ["9" * 64, MODEL], ["rolled_back"]),
@@ -343,7 +343,7 @@ def test_a_report_that_is_none_is_refused(content: Any) -> None:
 
 
 def test_nothing_at_all_is_refused() -> None:
-    nothing = Evidence(None, b"", None, "", "", None, JUDGED)
+    nothing = Evidence(None, b"", None, "", "", None, SUBJECT)
     assert failed(nothing) == [*SAME, *THRESHOLDS, *FACED, "top1_by_label", "top1_by_device", *MET]
 
 

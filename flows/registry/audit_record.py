@@ -337,7 +337,7 @@ def _evidence(record: Record, outputs: tuple[Material, ...], verdict: Verdict) -
         golden_sha256=sha256.get(paths.GOLDEN.as_posix()),
         packed_sha256=sha256.get(paths.PACKED.as_posix()),
         infra=json.loads(record.contents["verdict.json"]).get("infra"),
-        judged=gate.Judged(
+        subject=gate.Subject(
             decision.model_sha256,
             decision.data_sha256,
             (verdict.params_sha256 and decision.params_sha256) or "",

@@ -60,8 +60,8 @@ def _judge_1(evidence: Evidence, limits: dict[str, object], classes: tuple[str, 
     return {
         "passed": all(one["passed"] for one in checks),
         "checks": checks,
-        "model_sha256": evidence.judged.model_sha256,
-        "data_sha256": evidence.judged.data_sha256,
+        "model_sha256": evidence.subject.model_sha256,
+        "data_sha256": evidence.subject.data_sha256,
     }
 
 
@@ -70,8 +70,8 @@ def _checks_1(evidence: Evidence, limits: dict[str, object], classes: tuple[str,
     first, last = (gate.at(report, "stages", name) for name in ("finetune", "reduce"))
     recalls = [gate.share(gate.at(last, "class_recall", name)) for name in classes]
     compared: list[tuple[str, object, gate.Operator, object]] = [
-        ("model_sha256", gate.at(last, "sha256"), "==", evidence.judged.model_sha256),
-        ("data_sha256", gate.at(report, "data_sha256"), "==", evidence.judged.data_sha256),
+        ("model_sha256", gate.at(last, "sha256"), "==", evidence.subject.model_sha256),
+        ("data_sha256", gate.at(report, "data_sha256"), "==", evidence.subject.data_sha256),
         ("top1", gate.share(gate.at(last, "top1")), ">=", limits["min_top1"]),
         ("top1_drop", gate.drop(first, last), "<=", limits["max_top1_drop"]),
         ("size_bytes", gate.amount(gate.at(last, "size_bytes")), "<=", limits["max_size_bytes"]),
