@@ -78,9 +78,9 @@ def run(
         chosen = _in_repository(params)
         config.load(chosen)
         from flows import terminal
-        from flows.server import connected
+        from flows.server import connect
 
-        with connected():
+        with connect():
             from flows.retrain import retrain
 
             decision = retrain(str(chosen), bootstrap)
@@ -120,7 +120,7 @@ def search(
 
             found = over(dask, str(chosen), trials)
         else:
-            with server.connected():
+            with server.connect():
                 from flows.search import search
 
                 found = search(str(chosen), trials)

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from flows import leash
-from flows.server import connected, load_prefect
+from flows.server import connect, load_prefect
 from tasks.core.errors import MENDABLE, ParamsError, describe
 
 GRACE_S = 60.0  # in which a run puts back the last good results
@@ -29,7 +29,7 @@ def serve(cron: str, timezone: str | None, params: Path) -> None:
     times = ", ".join(f"{time:%a %Y-%m-%d %H:%M %Z}" for time in next_times(cron, zone, datetime.now(zone)))
     chosen = "" if timezone else ", this machine's time zone"
     print(f"next runs: {times} ({zone.key}{chosen})", flush=True)
-    with connected(schedules=True) as url:
+    with connect(schedules=True) as url:
         print(f"Prefect server and its pages at {url.removesuffix('/api')}", flush=True)
         serving = leash.start(
             [sys.executable, "-m", "flows.schedule", cron, zone.key, str(params)], signal.SIGINT, GRACE_S
@@ -100,7 +100,7 @@ def close_zones(name: str, known: set[str]) -> list[str]:
 
 def main(cron: str, zone: str, params: str) -> None:
     """Serve until SIGINT; on SIGTERM, Prefect 3.8 forgets to await the end of its runs."""
-    with connected():
+    with connect():
         from prefect.schedules import Cron
 
         from flows.retrain import retrain

@@ -54,7 +54,7 @@ def search(params: str = str(paths.PARAMS), trials: int = 20, workers: int = 1) 
         chosen = config.read(content[str(paths.PARAMS)], paths.PARAMS)
         study = resume(content, chosen)
         within: Bounds = study.user_attrs["within"]
-        say(f"study {study.study_name}: {spoken(within)}; prune.blocks and prune.channels are not looked at")
+        say(f"study {study.study_name}: {describe(within)}; prune.blocks and prune.channels are not looked at")
         explore(study, content, within, trials, workers)
         found = front.measure_front(results(study), FOLDER / study.study_name, chosen.benchmark)
         front.write(found)
@@ -91,10 +91,11 @@ def over(address: str, params: str, trials: int) -> Json:
 def snapshot() -> dict[str, bytes]:
     """What a trial needs besides data, by path: code, pipeline, the device's table, and parameters without shares."""
     chosen = [Path("dvc.yaml"), Path("dvc.lock"), paths.DEVICE, *sorted(CODE.rglob("*.py"))]
-    return {str(path): path.read_bytes() for path in chosen} | {str(paths.PARAMS): budgeted(paths.PARAMS.read_bytes())}
+    params = {str(paths.PARAMS): set_budget(paths.PARAMS.read_bytes())}
+    return {str(path): path.read_bytes() for path in chosen} | params
 
 
-def budgeted(params: bytes, **limits: float) -> bytes:
+def set_budget(params: bytes, **limits: float) -> bytes:
     """The content of params.yaml with these limits as its budget, and without shares, which cannot go with one."""
     content = YAML(typ="safe").load(params)
     shares = [name for name in ("blocks", "channels") if content["prune"].get(name)]
@@ -173,7 +174,7 @@ def explore(study: optuna.Study, content: dict[str, bytes], within: Bounds, tria
         while trials or pending:
             while trials and len(pending) < workers:
                 asked, limits = ask(study, within)
-                mine = content | {str(paths.PARAMS): budgeted(content[str(paths.PARAMS)], **limits)}
+                mine = content | {str(paths.PARAMS): set_budget(content[str(paths.PARAMS)], **limits)}
                 pending[trial.submit(asked.number, str(Path.cwd()), name, mine)] = asked
                 trials -= 1
             done = next(as_completed(list(pending)))
@@ -248,7 +249,7 @@ def row(one: FrozenTrial) -> Json:
     }
 
 
-def spoken(within: Bounds) -> str:
+def describe(within: Bounds) -> str:
     """What is searched, in words."""
     units = {"size_bytes": ("bytes", ",.0f"), "latency_ms": ("ms", ".4f")}
     return " and ".join(

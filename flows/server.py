@@ -31,7 +31,7 @@ ONLY_A_DATABASE = ("--no-ui", "--no-scheduler", "--no-late-runs")
 
 
 @contextmanager
-def connected(schedules: bool = False) -> Iterator[str]:
+def connect(schedules: bool = False) -> Iterator[str]:
     """The address of a Prefect server that answers: the configured one, or else one of our own.
 
     The latter ends with this process. For `schedules`, it is at Prefect's usual port, has pages, and starts what is
@@ -137,7 +137,7 @@ def start(command: list[str], url: str) -> subprocess.Popen[str]:
             lines = log.read().splitlines()
     if ended:
         raise StageError(
-            f"the Prefect server that this command starts ends at once ({_told(lines)}): its files are in "
+            f"the Prefect server that this command starts ends at once ({_last_lines(lines)}): its files are in "
             f"{PREFECT_HOME.value()}, or where PREFECT_HOME says"
         )
     raise StageError(
@@ -158,7 +158,7 @@ def _answers(health: str, process: subprocess.Popen[str], deadline: float) -> bo
     return False
 
 
-def _told(lines: list[str]) -> str:
+def _last_lines(lines: list[str]) -> str:
     """The last error among the lines of a program, or else its last line."""
     said = [line.strip() for line in lines if line.strip()]
     errors = [line for line in said if re.match(r"[\w.]+(Error|Exception)\b", line)]

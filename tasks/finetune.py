@@ -51,7 +51,7 @@ def start(params: config.Params) -> tuple[nn.Module, Spec]:
     )
     classes = config.class_names(params)
     spec = Spec(backbone=wanted.backbone, classes=classes, preprocessing=preprocessing, weights=origin)
-    net = backbone.pretrained(wanted, spec, production)
+    net = backbone.load_pretrained(wanted, spec, production)
     backbone.check_size(net, spec)
     return net, spec
 

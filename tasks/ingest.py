@@ -29,7 +29,7 @@ from tasks.images import ledger
 from tasks.images.assignment import Assignment
 from tasks.images.listing import walk
 from tasks.images.preprocessing import WHITE_LEVEL, open_image, render
-from tasks.images.sources import SHOWN, SPLITS, Item, Source, open_source, shown
+from tasks.images.sources import SHOWN, SPLITS, Item, Source, open_source, preview
 
 ROWS_PER_GROUP = 512
 BYTES_PER_GROUP = 8 * 2**20
@@ -282,7 +282,7 @@ def _list_unreadable(described: Path) -> str:
     files.write_bytes(UNREADABLE, text.getvalue().encode())
     worst = sorted(kinds.values(), key=lambda found: -len(found))
     told = [
-        f"{len(found)} of them: {found[0][1]} ({shown([name for name, _ in found], len(found))})"
+        f"{len(found)} of them: {found[0][1]} ({preview([name for name, _ in found], len(found))})"
         for found in worst[:SHOWN]
     ]
     return "; ".join(told) + f"; all are in {UNREADABLE}"

@@ -251,14 +251,14 @@ def outcome(rule: Rule, judged: Json, frame: pd.DataFrame) -> Json:
         offending = [{"column": name, "value": "missing"} for name in COLUMNS if name not in frame.columns]
         observed = {"checked": len(COLUMNS), "offending": len(offending)}
     elif "unexpected_count" in result:
-        observed, offending = _observed(rule, result, frame)
+        observed, offending = _observation(rule, result, frame)
     else:
         raise StageError(f"{paths.MANIFEST}: {rule.name} cannot be judged; run ingest again")
     entry = {"name": rule.name, "severity": rule.severity, "passed": passed, "observed": observed}
     return {**entry, "offending": offending[:SHOWN], "sentence": _sentence(rule.says, passed, observed, offending)}
 
 
-def _observed(rule: Rule, result: Json, frame: pd.DataFrame) -> tuple[Json, list[Any]]:
+def _observation(rule: Rule, result: Json, frame: pd.DataFrame) -> tuple[Json, list[Any]]:
     values = frame[rule.column]
     observed = {"checked": len(frame), "offending": result["unexpected_count"]}
     if pd.api.types.is_numeric_dtype(values) and values.notna().any():

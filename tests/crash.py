@@ -130,7 +130,7 @@ def apart(folder: Path, action: Callable[[], T], kill: Kill | None = None, check
     if kill and kill.how == "time":
         time.sleep(kill.seconds)
         os.killpg(child, signal.SIGKILL)
-    status = _waited(child)
+    status = _wait(child)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # what it has left running
     seconds = time.monotonic() - started
@@ -145,7 +145,7 @@ def apart(folder: Path, action: Callable[[], T], kill: Kill | None = None, check
     return Ran(killed, returned, error, calls, writes, seconds)
 
 
-def _waited(child: int) -> int:
+def _wait(child: int) -> int:
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         found, status = os.waitpid(child, os.WNOHANG)
@@ -215,11 +215,11 @@ def _counter(folder: Path, at: int) -> Callable[[str, tuple[Any, ...]], None]:
 
 def look(case: Case) -> Look:
     """What a reader finds, without changing anything."""
-    found: Look = apart(case.folder, lambda: _looked(case)).returned
+    found: Look = apart(case.folder, lambda: _look(case)).returned
     return found
 
 
-def _looked(case: Case) -> Look:
+def _look(case: Case) -> Look:
     root = case.root
     view = look_at(root)
     refs, links = view.refs, view.links
@@ -326,7 +326,7 @@ def prepare(folder: Path, name: str, shared: bool) -> Scenario:
     """Make the case for an action of that name, and run the action undisturbed in a copy of it."""
     warm()
     case = Case(folder / "case", shared)
-    apart(case.folder, lambda: _prepared(case, name))
+    apart(case.folder, lambda: _prepare(case, name))
     before = look(case).state
     action, copy = ACTIONS[name], case.copy(folder / "undisturbed")
     ran = apart(copy.folder, lambda: action(copy))
@@ -335,7 +335,7 @@ def prepare(folder: Path, name: str, shared: bool) -> Scenario:
     return Scenario(f"{name}, shared" if shared else name, (name, shared), case, copy, action, before, found.state, ran)
 
 
-def _prepared(case: Case, name: str) -> None:
+def _prepare(case: Case, name: str) -> None:
     ledger = Ledger.begin(case.root, bootstrap=True)
     if case.shared:
         ledger.share(Path("../bare.git"), Path("../store"))
@@ -363,10 +363,10 @@ def survive(scenario: Scenario, folder: Path, kill: Kill) -> Outcome:
     """Kill the scenario's action there, look, run it again, and say what is not as after an undisturbed run."""
     case = scenario.case.copy(folder)
     ran = apart(case.folder, lambda: scenario.action(case), kill, check=kill.how != "time")
-    return judged(scenario, case, ran.killed)
+    return judge(scenario, case, ran.killed)
 
 
-def judged(scenario: Scenario, case: Case, killed: bool = True) -> Outcome:
+def judge(scenario: Scenario, case: Case, killed: bool = True) -> Outcome:
     """What is wrong with a case as a kill left it, and after the next run; the case is removed if nothing is."""
     wrong, torn = [], look(case)
     state = torn.state
@@ -459,15 +459,15 @@ def nothing_fetched(scenario: Scenario, case: Case) -> None:
 
 def half_fetched(scenario: Scenario, case: Case) -> None:
     """The push is done; the fetch has brought the branch as the remote has it, and one tag."""
-    _fetched(scenario, case, new_refs(scenario)[:1])
+    _fetch(scenario, case, new_refs(scenario)[:1])
 
 
 def all_but_branch_fetched(scenario: Scenario, case: Case) -> None:
     """The push and git's fetch are done; the branch here has not followed."""
-    _fetched(scenario, case, new_refs(scenario))
+    _fetch(scenario, case, new_refs(scenario))
 
 
-def _fetched(scenario: Scenario, case: Case, tags: list[str]) -> None:
+def _fetch(scenario: Scenario, case: Case, tags: list[str]) -> None:
     refs = ["refs/remotes/origin/registry", *tags]
     found = {ref: call(case.root, GIT, "rev-parse", ref) for ref in refs}
     _here(scenario, case)
@@ -512,7 +512,7 @@ def branch_and_locks(scenario: Scenario, case: Case) -> None:
         _lock(case.root / ".git" / ref)
 
 
-def logged_only(scenario: Scenario, case: Case) -> None:
+def leave_log_only(scenario: Scenario, case: Case) -> None:
     """git has written the branch's log, which it does first, and not moved the branch."""
     log = (case.root / ".git/logs/refs/heads/registry").read_bytes()
     _here(scenario, case)
@@ -562,10 +562,10 @@ def next_key_trusted(scenario: Scenario, case: Case) -> None:
 
 Spoil = Callable[[Scenario, Case], None]
 SPECIAL: dict[tuple[str, bool], tuple[Spoil, ...]] = {
-    ("first", False): (no_tags, one_tag, locks, branch_and_locks, logged_only, key_only, half_key, half_trusted),
-    ("promotion", False): (no_tags, one_tag, locks, branch_and_locks, logged_only),
-    ("refusal", False): (locks, logged_only),
-    ("rollback", False): (no_tags, locks, branch_and_locks, logged_only),
+    ("first", False): (no_tags, one_tag, locks, branch_and_locks, leave_log_only, key_only, half_key, half_trusted),
+    ("promotion", False): (no_tags, one_tag, locks, branch_and_locks, leave_log_only),
+    ("refusal", False): (locks, leave_log_only),
+    ("rollback", False): (no_tags, locks, branch_and_locks, leave_log_only),
     ("rotation", False): (next_key_only, next_key_trusted),
     ("first", True): (no_tags_there, nothing_fetched, half_fetched, all_but_branch_fetched, locks, locks_there),
     ("promotion", True): (no_tags_there, nothing_fetched, half_fetched, all_but_branch_fetched, locks, locks_there),
@@ -587,4 +587,4 @@ def recover(scenario: Scenario, folder: Path, spoil: Spoil) -> Outcome:
     """As `survive`, from a state that a kill leaves."""
     case = scenario.done.copy(folder)
     spoil(scenario, case)
-    return judged(scenario, case)
+    return judge(scenario, case)

@@ -61,16 +61,16 @@ def look(root: Path, model: str = MODEL) -> View:
     return view
 
 
-def decided(link: Link | None) -> Decision | None:
+def decision_of(link: Link | None) -> Decision | None:
     return link.decision if link else None
 
 
 def latest(root: Path, model: str = MODEL) -> Decision | None:
-    return decided(look(root, model).standing.latest)
+    return decision_of(look(root, model).standing.latest)
 
 
 def production(root: Path, model: str = MODEL) -> Decision | None:
-    return decided(look(root, model).standing.production)
+    return decision_of(look(root, model).standing.production)
 
 
 class Ledger:

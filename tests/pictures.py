@@ -27,7 +27,7 @@ def noise(seed: int, *shape: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
@@ -41,7 +41,7 @@ def put(path: Path, data: bytes) -> None:
 def folder(root: Path, per_class: int = 20) -> Path:
     for offset, name in enumerate(CLASSES):
         for index in range(per_class):
-            put(root / name / f"{index:03}.png", encoded(noise(1000 * offset + index, 8, 8)))
+            put(root / name / f"{index:03}.png", encode(noise(1000 * offset + index, 8, 8)))
     return root
 
 
@@ -50,7 +50,7 @@ def parameters(source: Path, kind: str = "folder", **changes: Any) -> config.Ing
     return config.Ingest.model_validate({"kind": kind, "path": str(source), **values})
 
 
-def taken(
+def take(
     params: config.Ingest,
     outputs: Path,
     known: pa.Table = ledger.EMPTY,
@@ -62,9 +62,9 @@ def taken(
     return ingest(params, classes, MAX_SIDE, targets, known)[1]
 
 
-def ingested(params: config.Ingest, outputs: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+def ingest_all(params: config.Ingest, outputs: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """The manifest by path, and the splits."""
-    taken(params, outputs)
+    take(params, outputs)
     read = {name: pd.read_parquet(outputs / f"{name}.parquet") for name in (*SPLITS, "manifest")}
     manifest = read.pop("manifest").set_index("path")
     assert manifest.index.is_unique
@@ -73,7 +73,7 @@ def ingested(params: config.Ingest, outputs: Path) -> tuple[pd.DataFrame, dict[s
 
 def refusal(params: config.Ingest, outputs: Path) -> str:
     with pytest.raises(StageError) as caught:
-        ingested(params, outputs)
+        ingest_all(params, outputs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

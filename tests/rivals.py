@@ -85,7 +85,7 @@ def promoter(root: Path, seed: int, ready: Callable[[], None]) -> Told:
             superseded += 1
             Ledger(root).lay(seed)
         else:
-            return Told(decision, superseded, _overtaken(said), None)
+            return Told(decision, superseded, _count_overtaken(said), None)
 
 
 def roller(root: Path, seed: int, ready: Callable[[], None]) -> Told:
@@ -96,13 +96,13 @@ def roller(root: Path, seed: int, ready: Callable[[], None]) -> Told:
     ready()
     try:
         return Told(
-            opened(root, say=said.append).roll_back(target, f"wrong at night {seed}"), 0, _overtaken(said), None
+            opened(root, say=said.append).roll_back(target, f"wrong at night {seed}"), 0, _count_overtaken(said), None
         )
     except RegistryError as error:
-        return Told(None, 0, _overtaken(said), str(error))
+        return Told(None, 0, _count_overtaken(said), str(error))
 
 
-def _overtaken(said: list[str]) -> int:
+def _count_overtaken(said: list[str]) -> int:
     return sum("another decision reached the registry first" in line for line in said)
 
 
@@ -160,7 +160,7 @@ def unfair(rounds: list[Round]) -> list[str]:
     return wrong
 
 
-def undecided(rounds: list[Round]) -> list[str]:
+def find_undecided(rounds: list[Round]) -> list[str]:
     """What is wrong with rounds of a promoter against a rollback: whoever comes second is told of the first."""
     wrong = []
     for number, (told, _) in enumerate(rounds, start=1):
@@ -176,7 +176,7 @@ def undecided(rounds: list[Round]) -> list[str]:
     return wrong
 
 
-def broken(rivals: Rivals, decisions: int) -> list[str]:
+def find_broken(rivals: Rivals, decisions: int) -> list[str]:
     """What is wrong with the registry afterwards: one chain of so many, without gaps, the same in both places."""
     wrong: list[str] = []
     for place in rivals.places:

@@ -44,21 +44,21 @@ def created(name: str, size: int = 32, classes: int = 3, seed: int = 0) -> nn.Mo
     return backbone.create(name, classes, backbone.preprocessing(name, size))
 
 
-def pretrained(name: str, size: int = 32, classes: tuple[str, ...] = CLASSES, **weights: Any) -> nn.Module:
+def load_pretrained(name: str, size: int = 32, classes: tuple[str, ...] = CLASSES, **weights: Any) -> nn.Module:
     if weights["source"] == "file":
         path = Path(weights["path"])
         weights = {"sha256": files.sha256(path) if path.exists() else "0" * 64} | weights
-    return backbone.pretrained(parameters(name, size, **weights), spec(name, size, classes), None)
+    return backbone.load_pretrained(parameters(name, size, **weights), spec(name, size, classes), None)
 
 
 def refusal(name: str, **weights: Any) -> str:
     with pytest.raises(StageError) as caught:
-        pretrained(name, **weights)
+        load_pretrained(name, **weights)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def written(path: Path, state: dict[str, Tensor]) -> Path:
+def write_weights(path: Path, state: dict[str, Tensor]) -> Path:
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
     return path
 
@@ -118,7 +118,7 @@ def test_the_smallest_input_of_lenet_5() -> None:
 @pytest.fixture(scope="module")
 def imagenet() -> nn.Module:
     classes = tuple(str(number) for number in range(1000))
-    return pretrained("tf_efficientnet_lite0", 224, classes, source="packaged").eval()
+    return load_pretrained("tf_efficientnet_lite0", 224, classes, source="packaged").eval()
 
 
 @pytest.mark.parametrize(("photograph", "number"), [("china.jpg", 698), ("flower.jpg", 985)])
@@ -135,7 +135,7 @@ def test_the_packaged_weights_know_imagenet_in_its_order(imagenet: nn.Module, ph
 
 
 def test_packaged_weights_under_a_new_head(imagenet: nn.Module) -> None:
-    net = pretrained("tf_efficientnet_lite0", source="packaged")
+    net = load_pretrained("tf_efficientnet_lite0", source="packaged")
     assert net.get_submodule("classifier").weight.shape == (3, 1280)
     assert same(net, imagenet, but="classifier.")
 
@@ -164,15 +164,15 @@ def test_a_damaged_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", [SMALL, "mlp"])
 def test_weights_from_a_file(tmp_path: Path, name: str) -> None:
     net = created(name, classes=3, seed=1)
-    path = written(tmp_path / "weights.safetensors", net.state_dict())
-    found = pretrained(name, source="file", path=str(path), sha256=files.sha256(path))
+    path = write_weights(tmp_path / "weights.safetensors", net.state_dict())
+    found = load_pretrained(name, source="file", path=str(path), sha256=files.sha256(path))
     assert same(found, net)
 
 
 def test_a_head_for_other_classes_is_new(tmp_path: Path) -> None:
     net = created(SMALL, classes=7, seed=1)
-    path = written(tmp_path / "weights.safetensors", net.state_dict())
-    found = pretrained(SMALL, source="file", path=str(path))
+    path = write_weights(tmp_path / "weights.safetensors", net.state_dict())
+    found = load_pretrained(SMALL, source="file", path=str(path))
     assert same(found, net, but=backbone.head(net))
     assert found(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
 
@@ -180,12 +180,12 @@ def test_a_head_for_other_classes_is_new(tmp_path: Path) -> None:
 def test_a_head_may_be_missing(tmp_path: Path) -> None:
     net = created(SMALL, seed=1)
     body = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith("classifier.")}
-    found = pretrained(SMALL, source="file", path=str(written(tmp_path / "weights.safetensors", body)))
+    found = load_pretrained(SMALL, source="file", path=str(write_weights(tmp_path / "weights.safetensors", body)))
     assert same(found, net, but="classifier.")
 
 
 def test_a_file_that_is_not_the_one_that_was_meant(tmp_path: Path) -> None:
-    path = written(tmp_path / "weights.safetensors", created(SMALL).state_dict())
+    path = write_weights(tmp_path / "weights.safetensors", created(SMALL).state_dict())
     says = refusal(SMALL, source="file", path=str(path), sha256="0" * 64)
     assert says == f"{path} has SHA-256 {files.sha256(path)}, not {'0' * 64}: these are not the weights that were meant"
 
@@ -216,7 +216,7 @@ def test_a_file_of_another_format(tmp_path: Path, content: bytes) -> None:
     ],
 )
 def test_weights_of_another_network(tmp_path: Path, other: str, wanted: str, says: str) -> None:
-    path = written(tmp_path / "weights.safetensors", created(other).state_dict())
+    path = write_weights(tmp_path / "weights.safetensors", created(other).state_dict())
     assert refusal(wanted, source="file", path=str(path)).startswith(f"{path}{says if says[0] == ':' else ' ' + says}")
 
 
@@ -224,21 +224,21 @@ def test_weights_of_another_network(tmp_path: Path, other: str, wanted: str, say
 def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
     state = created(SMALL).state_dict()
     state["bn1.running_mean"][3] = value
-    path = written(tmp_path / "weights.safetensors", state)
+    path = write_weights(tmp_path / "weights.safetensors", state)
     says = refusal(SMALL, source="file", path=str(path))
     assert says == f"{path}: tensor 'bn1.running_mean' holds NaN or infinite values"
 
 
 def test_the_production_model(tmp_path: Path) -> None:
     net = created(SMALL, seed=1)
-    path = written(tmp_path / "weights.safetensors", net.state_dict())
-    found = backbone.pretrained(parameters(SMALL, source="production"), spec(SMALL), path)
+    path = write_weights(tmp_path / "weights.safetensors", net.state_dict())
+    found = backbone.load_pretrained(parameters(SMALL, source="production"), spec(SMALL), path)
     assert same(found, net)
 
 
 def test_random_weights_are_those_of_the_seed() -> None:
     torch.manual_seed(0)
-    assert same(pretrained(SMALL, source="none"), created(SMALL, seed=0))
+    assert same(load_pretrained(SMALL, source="none"), created(SMALL, seed=0))
 
 
 HUB = """
@@ -251,7 +251,8 @@ for name in ("test_resnet", "vit_tiny_patch16_224", "test_efficientnet"):
     params = config.Finetune.model_validate({**values, "backbone": name, "weights": {"source": "hub"}})
     spec = backbone.Spec(backbone=name, classes=("a", "b"), preprocessing=backbone.preprocessing(name, 64), weights={})
     try:
-        backbone.save(backbone.pretrained(params, spec, None), spec, backbone.Path(name), backbone.Path("model.json"))
+        net = backbone.load_pretrained(params, spec, None)
+        backbone.save(net, spec, backbone.Path(name), backbone.Path("model.json"))
     except StageError as error:
         print(error)
 """
@@ -268,7 +269,7 @@ def test_weights_from_the_hub(tmp_path: Path) -> None:
         (snapshot / "../../refs/main").write_text("0123")
         (snapshot / "model.safetensors").write_bytes(b"damaged")
         if name == "test_resnet":
-            written(snapshot / "model.safetensors", net.state_dict())
+            write_weights(snapshot / "model.safetensors", net.state_dict())
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", HUB, str(ROOT)], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -283,7 +284,7 @@ def test_weights_from_the_hub(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in own.items())
 
 
-def frozen(net: nn.Module) -> set[str]:
+def frozen_names(net: nn.Module) -> set[str]:
     return {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
 
 
@@ -294,15 +295,15 @@ def test_freezing_the_first_stages_of_a_timm_network() -> None:
     for stages, prefixes in ((0, ()), (1, ("none",)), (2, ("blocks.0.",)), (3, ("blocks.0.", "blocks.1."))):
         backbone.freeze(net, stages)
         expected = {name for name in names if name.startswith(prefixes)} if prefixes else set()
-        assert frozen(net) == (expected | stem if stages else set())
+        assert frozen_names(net) == (expected | stem if stages else set())
 
 
 def test_freezing_the_first_layers_of_a_classic() -> None:
     net = created("lenet-5")
     backbone.freeze(net, 2)
-    assert frozen(net) == {"0.weight", "0.bias", "3.weight", "3.bias"}
+    assert frozen_names(net) == {"0.weight", "0.bias", "3.weight", "3.bias"}
     backbone.freeze(net, 1)
-    assert frozen(net) == {"0.weight", "0.bias"}
+    assert frozen_names(net) == {"0.weight", "0.bias"}
 
 
 @pytest.mark.parametrize(("name", "stages"), [(SMALL, 7), ("mlp", 2)])

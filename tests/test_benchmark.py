@@ -142,7 +142,7 @@ def test_percentiles_and_throughput() -> None:
     }
 
 
-def poisoned(network: Network, path: Path, value: float) -> Path:
+def poison(network: Network, path: Path, value: float) -> Path:
     """The bias of the last layer holds a number that is none."""
     model = onnx.load(network.path)
     bias = graph.initializers(model)[model.graph.node[-1].input[2]]
@@ -157,7 +157,7 @@ def poisoned(network: Network, path: Path, value: float) -> Path:
 def test_logits_that_are_not_finite_are_refused(
     value: float, networks: Networks, test_split: Path, tmp_path: Path
 ) -> None:
-    path = poisoned(networks("lenet-5"), tmp_path / "model.onnx", value)
+    path = poison(networks("lenet-5"), tmp_path / "model.onnx", value)
     with pytest.raises(
         StageError, match=r"model\.onnx answers with NaN or infinite logits on images of .*test\.parquet"
     ):
@@ -227,7 +227,7 @@ def test_memory_is_that_of_the_model_and_not_of_who_asks(networks: Networks) -> 
 # The champion
 
 
-def renamed(network: Network, path: Path, classes: tuple[str, ...], order: tuple[int, ...] = ()) -> Path:
+def rename(network: Network, path: Path, classes: tuple[str, ...], order: tuple[int, ...] = ()) -> Path:
     """The network with other names for its outputs and, if its last node is a Gemm, with those in another order."""
     model = onnx.load(network.path)
     made = graph.initializers(model)
@@ -251,7 +251,7 @@ def test_a_champion_with_its_classes_in_another_order_answers_the_same(
 ) -> None:
     made, network = models(networks, tmp_path), networks("lenet-5")
     order = (2, 0, 3, 1)
-    champion = renamed(network, tmp_path / "champion.onnx", tuple(CLASSES[code] for code in order), order)
+    champion = rename(network, tmp_path / "champion.onnx", tuple(CLASSES[code] for code in order), order)
     found, table = benchmark(made, champion, test_split, PROFILE, CLASSES)
     report = found.model_dump()
     assert list(report["stages"]) == list(made)
@@ -269,7 +269,7 @@ def test_a_champion_with_its_classes_in_another_order_answers_the_same(
 def test_a_champion_with_another_input_and_another_class(networks: Networks, test_split: Path, tmp_path: Path) -> None:
     """mobilenetv2 takes 32 pixels and colours, and what it calls emu is no class any more."""
     known = ("cat", "emu", "owl", "fox")
-    champion = renamed(networks("mobilenetv2_050"), tmp_path / "champion.onnx", known)
+    champion = rename(networks("mobilenetv2_050"), tmp_path / "champion.onnx", known)
     found, table = benchmark(models(networks, tmp_path), champion, test_split, PROFILE, CLASSES)
     report = found.model_dump()
     said = column(table, "champion")
@@ -301,7 +301,7 @@ CASES = {"batch-1": 1, "batch-3": 3, "batch-7": 7, "zeros": 2, "noise": 2, "brig
 MET = {"difference": 0.0, "same_top1": True, "repeatable": True}
 
 
-def recorded(model: Path, test: Path, path: Path, **changes: np.ndarray[Any, Any]) -> Path:
+def record(model: Path, test: Path, path: Path, **changes: np.ndarray[Any, Any]) -> Path:
     np.savez_compressed(path, **{**golden_of(model, test, 1), **changes})  # type: ignore[arg-type]
     return path
 
@@ -322,7 +322,7 @@ def test_golden_outputs_are_finite_and_met_in_a_fresh_process(networks: Networks
     assert np.array_equal(found["batch-3.input"], first[:3])
     assert np.abs(found["huge.input"]).max() > 1e37
     assert 0 < np.abs(found["tiny.input"]).max() < np.finfo(np.float32).tiny
-    met = meet(recorded(model, tmp_path / "test.parquet", tmp_path / "golden.npz"), model, 1, None)
+    met = meet(record(model, tmp_path / "test.parquet", tmp_path / "golden.npz"), model, 1, None)
     assert met == dict.fromkeys(CASES, MET)
 
 
@@ -330,7 +330,7 @@ def test_golden_outputs_are_finite_and_met_in_a_fresh_process(networks: Networks
 def recording(networks: Networks, test_split: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A reduced model and its golden file."""
     model = models(networks, tmp_path)["reduce"]
-    return model, recorded(model, test_split, tmp_path / "golden.npz")
+    return model, record(model, test_split, tmp_path / "golden.npz")
 
 
 def test_a_model_with_one_changed_weight_does_not_meet(recording: tuple[Path, Path], tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def test_another_output_is_told_by_its_case(recording: tuple[Path, Path], test_s
     nan = outputs["dark.output"].copy()
     nan[0, 0] = np.nan
     changes = {"noise.output": near, "zeros.output": other, "dark.output": nan}
-    met = meet(recorded(model, test_split, tmp_path / "other.npz", **changes), model, 1, None)
+    met = meet(record(model, test_split, tmp_path / "other.npz", **changes), model, 1, None)
     assert met["noise"] == {"difference": pytest.approx(0.25), "same_top1": True, "repeatable": True}
     assert met["zeros"]["same_top1"] is False
     assert met["dark"]["difference"] is None
@@ -385,7 +385,7 @@ def test_a_model_that_differs_from_run_to_run_is_told(recording: tuple[Path, Pat
     assert not any(case["repeatable"] for case in met.values())
 
 
-def damaged(outputs: Path, path: Path, damage: str) -> Path:
+def damage_output(outputs: Path, path: Path, damage: str) -> Path:
     data = outputs.read_bytes()
     match damage:
         case "empty":
@@ -417,7 +417,7 @@ def damaged(outputs: Path, path: Path, damage: str) -> Path:
 def test_damaged_golden_outputs_are_a_sentence(recording: tuple[Path, Path], tmp_path: Path, damage: str) -> None:
     model, outputs = recording
     with pytest.raises(StageError, match=r"reduce\.onnx does not load and run in a clean process: .+") as caught:
-        meet(damaged(outputs, tmp_path / "damaged.npz", damage), model, 1, None)
+        meet(damage_output(outputs, tmp_path / "damaged.npz", damage), model, 1, None)
     assert ("Object arrays cannot be loaded" in str(caught.value)) == (damage == "pickled objects")
     assert "\n" not in str(caught.value)
 
@@ -427,16 +427,16 @@ def test_golden_outputs_are_met_within_the_memory_of_the_device(
 ) -> None:
     limit = 150_000_000
     small, large = networks("lenet-5").path, networks("resnet18").path
-    assert meet(recorded(small, test_split, tmp_path / "small.npz"), small, 1, limit).keys() == CASES.keys()
+    assert meet(record(small, test_split, tmp_path / "small.npz"), small, 1, limit).keys() == CASES.keys()
     with pytest.raises(StageError, match=r"resnet18\.onnx does not load and run .* within 150,000,000 bytes: "):
-        meet(recorded(large, test_split, tmp_path / "large.npz"), large, 1, limit)
+        meet(record(large, test_split, tmp_path / "large.npz"), large, 1, limit)
 
 
 def packed(repository: Repository) -> Path:
     return repository.model("reduce").with_name("model.onnx.zst")
 
 
-def prepared(repository: Repository, made: dict[str, Path]) -> None:
+def prepare(repository: Repository, made: dict[str, Path]) -> None:
     repository.params(benchmark=PROFILE.model_dump())
     for stage, path in made.items():
         repository.model(stage).write_bytes(path.read_bytes())
@@ -450,7 +450,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def test_the_stage_leaves_report_and_tables(repository: Repository, networks: Networks, tmp_path: Path) -> None:
-    prepared(repository, models(networks, tmp_path))
+    prepare(repository, models(networks, tmp_path))
     done = repository.run("benchmark")
     assert done.returncode == 0, done.stderr
     report = json.loads(repository.report("benchmark").read_text())
@@ -482,7 +482,7 @@ def test_the_champion_that_lies_there_is_weighed_and_the_tables_are_those_of_the
 ) -> None:
     """Made twice, what is not a matter of time is the same to the byte; the archive holds no time of day."""
     made = models(networks, tmp_path)
-    prepared(repository, made)
+    prepare(repository, made)
     champion = repository.root / "data/champion/model.onnx"
     champion.parent.mkdir()
     champion.write_bytes(made["quantize"].read_bytes())
@@ -508,7 +508,7 @@ def test_the_champion_that_lies_there_is_weighed_and_the_tables_are_those_of_the
 
 
 def test_a_champion_that_does_not_load_is_an_error(repository: Repository, networks: Networks, tmp_path: Path) -> None:
-    prepared(repository, models(networks, tmp_path))
+    prepare(repository, models(networks, tmp_path))
     champion = repository.root / "data/champion/model.onnx"
     champion.parent.mkdir()
     champion.write_bytes(b"no model")
@@ -517,7 +517,7 @@ def test_a_champion_that_does_not_load_is_an_error(repository: Repository, netwo
 
 def test_the_stage_refuses_nan_without_a_report(repository: Repository, networks: Networks, tmp_path: Path) -> None:
     made = models(networks, tmp_path)
-    prepared(repository, made | {"prune": poisoned(networks("lenet-5"), tmp_path / "nan.onnx", np.nan)})
+    prepare(repository, made | {"prune": poison(networks("lenet-5"), tmp_path / "nan.onnx", np.nan)})
     done = repository.run("benchmark")
     assert done.returncode == 1
     said = "answers with NaN or infinite logits on images of data/prepared/test.parquet"
@@ -528,7 +528,7 @@ def test_the_stage_refuses_nan_without_a_report(repository: Repository, networks
 def test_the_stage_refuses_another_model_as_the_packed_one(
     repository: Repository, networks: Networks, tmp_path: Path
 ) -> None:
-    prepared(repository, models(networks, tmp_path))
+    prepare(repository, models(networks, tmp_path))
     packed(repository).write_bytes(files.pack(networks("mlp").quantized.SerializeToString()))
     said = "data/models/reduce/model.onnx.zst does not unpack to data/models/reduce/model.onnx: run reduce again"
     assert repository.sentence("benchmark") == said
@@ -538,6 +538,6 @@ def test_the_stage_refuses_another_model_as_the_packed_one(
 
 
 def test_the_stage_refuses_a_file_that_is_no_model(repository: Repository, networks: Networks, tmp_path: Path) -> None:
-    prepared(repository, models(networks, tmp_path))
+    prepare(repository, models(networks, tmp_path))
     repository.model("reduce").write_bytes(b"no model")
     assert "data/models/reduce/model.onnx does not load in ONNX Runtime" in repository.sentence("benchmark")

@@ -50,7 +50,7 @@ def link(number: int, outcome: str, version: str | None, replaces: str | None, s
     return Link(f"{number:040}", Decision.model_validate(content | changes), None, None, f"files of {sha}")
 
 
-def faced(version: str | None, sha: str | None, *withdrawn: str) -> Champion:
+def champion_of(version: str | None, sha: str | None, *withdrawn: str) -> Champion:
     model = sha256(sha) if sha else None
     return Champion(version=version, model_sha256=model, withdrawn=tuple(map(sha256, withdrawn)), bootstrap=False)
 
@@ -58,13 +58,13 @@ def faced(version: str | None, sha: str | None, *withdrawn: str) -> Champion:
 def history() -> list[Link]:
     """A promotion, a refusal, a promotion, a rollback, a promotion, and one that is held first and then approved."""
     return [
-        link(0, "promoted", "v0.1.0", None, "a")._replace(champion=faced(None, None)),
-        link(1, "refused", None, None, "b")._replace(champion=faced("v0.1.0", "a")),
-        link(2, "promoted", "v0.2.0", "v0.1.0", "c")._replace(champion=faced("v0.1.0", "a")),
+        link(0, "promoted", "v0.1.0", None, "a")._replace(champion=champion_of(None, None)),
+        link(1, "refused", None, None, "b")._replace(champion=champion_of("v0.1.0", "a")),
+        link(2, "promoted", "v0.2.0", "v0.1.0", "c")._replace(champion=champion_of("v0.1.0", "a")),
         link(3, "rolled-back", "v0.1.0", "v0.2.0", "a"),
-        link(4, "promoted", "v0.3.0", "v0.1.0", "d")._replace(champion=faced("v0.1.0", "a", "c")),
-        link(5, "held", None, None, "e")._replace(champion=faced("v0.3.0", "d", "c")),
-        link(6, "approved", "v0.4.0", "v0.3.0", "e")._replace(champion=faced("v0.3.0", "d", "c")),
+        link(4, "promoted", "v0.3.0", "v0.1.0", "d")._replace(champion=champion_of("v0.1.0", "a", "c")),
+        link(5, "held", None, None, "e")._replace(champion=champion_of("v0.3.0", "d", "c")),
+        link(6, "approved", "v0.4.0", "v0.3.0", "e")._replace(champion=champion_of("v0.3.0", "d", "c")),
     ]
 
 
@@ -72,14 +72,14 @@ def steps(links: list[Link], is_whole: bool = True) -> list[Step]:
     return list(replay(links, is_whole))
 
 
-def told(links: list[Link]) -> tuple[Contradiction, ...]:
+def contradictions(links: list[Link]) -> tuple[Contradiction, ...]:
     """The contradictions in the last of the decisions; those before it have none."""
     *earlier, last = steps(links)
     assert [one.contradictions for one in earlier] == [()] * len(earlier)
     return last.contradictions
 
 
-def changed(number: int, **changes: Any) -> list[Link]:
+def change_link(number: int, **changes: Any) -> list[Link]:
     """The history up to a decision, which says something else."""
     links = history()[: number + 1]
     content = links[number].decision.model_dump() | changes
@@ -94,7 +94,7 @@ def facing(number: int, champion: Champion | None) -> list[Link]:
 
 
 def test_a_sound_history_has_no_contradiction() -> None:
-    assert told(history()) == ()
+    assert contradictions(history()) == ()
 
 
 def test_the_standing_follows_each_decision() -> None:
@@ -154,7 +154,7 @@ def test_a_rollback_to_a_version_whose_promotion_is_gone_has_no_tag() -> None:
 
 def test_a_model_that_is_back_is_not_withdrawn() -> None:
     again = link(4, "rolled-back", "v0.2.0", "v0.1.0", "c")
-    assert told([*history()[:THIRD], again]) == ()
+    assert contradictions([*history()[:THIRD], again]) == ()
     assert steps([*history()[:THIRD], again])[-1].after.withdrawn == (sha256("a"),)
     # By another promotion of the very same model, too.
     again = link(4, "promoted", "v0.3.0", "v0.1.0", "c")
@@ -168,100 +168,112 @@ def test_a_rollback_from_a_version_whose_promotion_is_gone_withdraws_nothing_kno
 
 def test_models_stand_on_their_own_and_share_the_time() -> None:
     links = history()[:SECOND]
-    other = link(2, "promoted", "v0.1.0", None, "f", model="other")._replace(champion=faced(None, None))
-    more = link(3, "promoted", "v0.2.0", "v0.1.0", "c")._replace(champion=faced("v0.1.0", "a"))
-    assert told([*links, other, more]) == ()
+    other = link(2, "promoted", "v0.1.0", None, "f", model="other")._replace(champion=champion_of(None, None))
+    more = link(3, "promoted", "v0.2.0", "v0.1.0", "c")._replace(champion=champion_of("v0.1.0", "a"))
+    assert contradictions([*links, other, more]) == ()
     assert steps([*links, other, more])[2].before == Standing()
     early = other._replace(decision=other.decision.model_copy(update={"created": links[-1].decision.created}))
-    assert [one.file for one in told([*links, early])] == ["decision.json"]
+    assert [one.file for one in contradictions([*links, early])] == ["decision.json"]
 
 
 @pytest.mark.parametrize("created", ["2026-01-01T00:00:01Z", "2026-01-01T00:00:00Z", "2025-12-31T23:59:59Z"])
 def test_time_goes_forward(created: str) -> None:
-    (one,) = told(changed(SECOND, created=created))
+    (one,) = contradictions(change_link(SECOND, created=created))
     assert one == Contradiction(
         "decision.json", "created after 2026-01-01T00:00:01Z, when the decision before was", f"created {created}"
     )
 
 
 def test_schemas_go_forward() -> None:
-    (one,) = told(changed(SECOND, schema_version=1))
+    (one,) = contradictions(change_link(SECOND, schema_version=1))
     assert one == Contradiction(
         "decision.json", "schema_version 2 or higher, as the decision before has", "schema_version 1"
     )
     old = [one._replace(decision=one.decision.model_copy(update={"schema_version": 1})) for one in history()[:SECOND]]
-    assert told([*old, history()[SECOND]]) == ()
+    assert contradictions([*old, history()[SECOND]]) == ()
 
 
 @pytest.mark.parametrize(
     ("links", "expected", "found"),
     [
-        (changed(FIRST, version="v0.2.0"), "version v0.1.0 in place of None", "version v0.2.0 in place of None"),
-        (changed(FIRST, replaces="v0.1.0"), "version v0.1.0 in place of None", "version v0.1.0 in place of v0.1.0"),
-        (changed(SECOND, version="v0.1.0"), "version v0.2.0 in place of v0.1.0", "version v0.1.0 in place of v0.1.0"),
-        (changed(THIRD, replaces="v0.2.0"), "version v0.3.0 in place of v0.1.0", "version v0.3.0 in place of v0.2.0"),
-        (changed(APPROVED, version="v1.0.0"), "version v0.4.0 in place of v0.3.0", "version v1.0.0 in place of v0.3.0"),
-        (changed(BACK, version="v0.2.0"), "an earlier version in place of v0.2.0", "v0.2.0 in place of v0.2.0"),
-        (changed(BACK, version="v0.9.0"), "an earlier version in place of v0.2.0", "v0.9.0 in place of v0.2.0"),
-        (changed(BACK, replaces="v0.1.0"), "an earlier version in place of v0.2.0", "v0.1.0 in place of v0.1.0"),
+        (change_link(FIRST, version="v0.2.0"), "version v0.1.0 in place of None", "version v0.2.0 in place of None"),
+        (change_link(FIRST, replaces="v0.1.0"), "version v0.1.0 in place of None", "version v0.1.0 in place of v0.1.0"),
+        (
+            change_link(SECOND, version="v0.1.0"),
+            "version v0.2.0 in place of v0.1.0",
+            "version v0.1.0 in place of v0.1.0",
+        ),
+        (
+            change_link(THIRD, replaces="v0.2.0"),
+            "version v0.3.0 in place of v0.1.0",
+            "version v0.3.0 in place of v0.2.0",
+        ),
+        (
+            change_link(APPROVED, version="v1.0.0"),
+            "version v0.4.0 in place of v0.3.0",
+            "version v1.0.0 in place of v0.3.0",
+        ),
+        (change_link(BACK, version="v0.2.0"), "an earlier version in place of v0.2.0", "v0.2.0 in place of v0.2.0"),
+        (change_link(BACK, version="v0.9.0"), "an earlier version in place of v0.2.0", "v0.9.0 in place of v0.2.0"),
+        (change_link(BACK, replaces="v0.1.0"), "an earlier version in place of v0.2.0", "v0.1.0 in place of v0.1.0"),
     ],
 )
 def test_versions_follow_what_was_in_production(links: list[Link], expected: str, found: str) -> None:
-    assert told(links) == (Contradiction("decision.json", expected, found),)
+    assert contradictions(links) == (Contradiction("decision.json", expected, found),)
 
 
 def test_nothing_can_be_rolled_back_before_the_first_promotion() -> None:
-    (one,) = told([link(0, "rolled-back", "v0.1.0", "v0.2.0", "a")])
+    (one,) = contradictions([link(0, "rolled-back", "v0.1.0", "v0.2.0", "a")])
     assert (one.expected, one.found) == ("an earlier version in place of None", "v0.1.0 in place of v0.2.0")
 
 
 @pytest.mark.parametrize(
     ("number", "champion", "expected", "found"),
     [
-        (FIRST, faced("v0.1.0", "a"), "no champion: nothing was in production", "v0.1.0"),
-        (SECOND, faced(None, None), "v0.1.0, which was in production", "None"),
-        (REFUSED, faced("v0.2.0", "a"), "v0.1.0, which was in production", "v0.2.0"),
-        (SECOND, faced("v0.1.0", "b"), "v0.1.0, which was in production", "v0.1.0"),
-        (HELD, faced("v0.1.0", "a", "c"), "v0.3.0, which was in production", "v0.1.0"),
-        (SECOND, faced("v0.1.0", "a", "c"), "withdrawn []", f"withdrawn ['{sha256('c')}']"),
-        (THIRD, faced("v0.1.0", "a"), f"withdrawn ['{sha256('c')}']", "withdrawn []"),
-        (THIRD, faced("v0.1.0", "a", "b"), f"withdrawn ['{sha256('c')}']", f"withdrawn ['{sha256('b')}']"),
+        (FIRST, champion_of("v0.1.0", "a"), "no champion: nothing was in production", "v0.1.0"),
+        (SECOND, champion_of(None, None), "v0.1.0, which was in production", "None"),
+        (REFUSED, champion_of("v0.2.0", "a"), "v0.1.0, which was in production", "v0.2.0"),
+        (SECOND, champion_of("v0.1.0", "b"), "v0.1.0, which was in production", "v0.1.0"),
+        (HELD, champion_of("v0.1.0", "a", "c"), "v0.3.0, which was in production", "v0.1.0"),
+        (SECOND, champion_of("v0.1.0", "a", "c"), "withdrawn []", f"withdrawn ['{sha256('c')}']"),
+        (THIRD, champion_of("v0.1.0", "a"), f"withdrawn ['{sha256('c')}']", "withdrawn []"),
+        (THIRD, champion_of("v0.1.0", "a", "b"), f"withdrawn ['{sha256('c')}']", f"withdrawn ['{sha256('b')}']"),
     ],
 )
 def test_the_champion_is_what_was_in_production(number: int, champion: Champion, expected: str, found: str) -> None:
-    assert told(facing(number, champion)) == (Contradiction("champion.json", expected, found),)
+    assert contradictions(facing(number, champion)) == (Contradiction("champion.json", expected, found),)
 
 
 def test_without_a_record_of_the_champion_nothing_is_said_of_it() -> None:
-    assert told(facing(FIRST, None)) == told(facing(SECOND, None)) == ()
+    assert contradictions(facing(FIRST, None)) == contradictions(facing(SECOND, None)) == ()
 
 
 def test_the_order_of_what_was_withdrawn_says_nothing() -> None:
     links = history()[:THIRD]
-    links.append(link(4, "promoted", "v0.3.0", "v0.1.0", "d")._replace(champion=faced("v0.1.0", "a", "c")))
+    links.append(link(4, "promoted", "v0.3.0", "v0.1.0", "d")._replace(champion=champion_of("v0.1.0", "a", "c")))
     links.append(link(5, "rolled-back", "v0.1.0", "v0.3.0", "a"))
-    links.append(link(6, "refused", None, None, "e")._replace(champion=faced("v0.1.0", "a", "d", "c")))
-    assert told(links) == ()
+    links.append(link(6, "refused", None, None, "e")._replace(champion=champion_of("v0.1.0", "a", "d", "c")))
+    assert contradictions(links) == ()
 
 
 def test_what_is_in_production_already_may_be_refused_once_more() -> None:
     """It faces the champion that it faced at its promotion; nothing else than a refusal may."""
-    again = faced("v0.1.0", "a")
-    assert told([*history()[:BACK], link(3, "refused", None, None, "c")._replace(champion=again)]) == ()
+    again = champion_of("v0.1.0", "a")
+    assert contradictions([*history()[:BACK], link(3, "refused", None, None, "c")._replace(champion=again)]) == ()
     for outcome in ("held", "refused"):
-        champion = again if outcome == "held" else faced("v0.1.0", "b")
-        (one,) = told([*history()[:BACK], link(3, outcome, None, None, "c")._replace(champion=champion)])
+        champion = again if outcome == "held" else champion_of("v0.1.0", "b")
+        (one,) = contradictions([*history()[:BACK], link(3, outcome, None, None, "c")._replace(champion=champion)])
         assert (one.file, one.expected) == ("champion.json", "v0.2.0, which was in production")
 
 
 def test_only_what_is_held_is_approved() -> None:
     links = history()
-    early = link(5, "approved", "v0.4.0", "v0.3.0", "e")._replace(champion=faced("v0.3.0", "d", "c"))
-    assert told([*links[:HELD], early]) == (
+    early = link(5, "approved", "v0.4.0", "v0.3.0", "e")._replace(champion=champion_of("v0.3.0", "d", "c"))
+    assert contradictions([*links[:HELD], early]) == (
         Contradiction("its files", "those of a decision that holds the model", "others"),
     )
     other = links[APPROVED]._replace(evidence="files of f")
-    assert told([*links[:APPROVED], other]) == (
+    assert contradictions([*links[:APPROVED], other]) == (
         Contradiction("its files", f"those of classifier hold ({links[HELD].commit[:12]})", "others"),
     )
 
@@ -275,7 +287,7 @@ def test_only_what_is_held_is_approved() -> None:
     ids=["files", "model"],
 )
 def test_a_rollback_has_the_files_of_its_target(change: Callable[[Link], Link]) -> None:
-    assert told([*history()[:BACK], change(history()[BACK])]) == (
+    assert contradictions([*history()[:BACK], change(history()[BACK])]) == (
         Contradiction("its files", "those of classifier@v0.1.0", "others"),
     )
 
@@ -311,7 +323,7 @@ def faults(ledger: Ledger) -> list[str | None]:
     return [one.fault for one in read(ledger)]
 
 
-def edited(ledger: Ledger, number: int, change: Callable[[dict[str, Any]], object], headers: Any = None) -> None:
+def resign(ledger: Ledger, number: int, change: Callable[[dict[str, Any]], object], headers: Any = None) -> None:
     """A decision that whoever has the key made otherwise, and signed again with all after it."""
 
     def edit(_: Ledger, contents: forgery.Contents) -> None:
@@ -322,7 +334,7 @@ def edited(ledger: Ledger, number: int, change: Callable[[dict[str, Any]], objec
     forgery.remake(ledger, {number: edit}, forgery.own(ledger), headers=headers)
 
 
-def unsigned(content: dict[str, Any]) -> None:
+def remove_signer(content: dict[str, Any]) -> None:
     """A decision as the first days have them."""
     for name in ("replaces", "previous_sha256", "by", "reason", "signer", "params_sha256", "code_sha256"):
         del content[name]
@@ -361,7 +373,7 @@ def test_a_decision_that_is_not_what_its_commit_is_does_not_hold(
     ledger: Ledger, number: int, changes: dict[str, Any], place: int, said: str
 ) -> None:
     """And the others do."""
-    edited(ledger, number, lambda content: content.update(changes))
+    resign(ledger, number, lambda content: content.update(changes))
     found = faults(ledger)
     assert said in (found.pop(place) or "")
     assert found == [None, None]
@@ -374,28 +386,28 @@ def test_a_decision_that_is_not_what_its_commit_is_does_not_hold(
 
 def test_a_commit_with_two_parents_does_not_hold(ledger: Ledger) -> None:
     first = ledger.git("rev-parse", "registry~2").encode()
-    edited(ledger, 2, lambda _: None, lambda data: data.replace(b"\nauthor ", b"\nparent " + first + b"\nauthor ", 1))
+    resign(ledger, 2, lambda _: None, lambda data: data.replace(b"\nauthor ", b"\nparent " + first + b"\nauthor ", 1))
     found = faults(ledger)
     assert ELSEWHERE in (found[0] or "")
     assert found[1:] == [None, None]
 
 
 def test_what_looks_like_a_parent_in_the_message_is_none(ledger: Ledger) -> None:
-    edited(ledger, 0, lambda _: None, lambda data: data.rstrip(b"\n") + b"\n\nparent " + b"f" * 40 + b"\n")
+    resign(ledger, 0, lambda _: None, lambda data: data.rstrip(b"\n") + b"\n\nparent " + b"f" * 40 + b"\n")
     assert faults(ledger) == [None] * 3
 
 
 def test_an_unsigned_decision_holds_below_a_signed_one_alone(ledger: Ledger) -> None:
-    edited(ledger, 0, unsigned)
+    resign(ledger, 0, remove_signer)
     assert faults(ledger) == [None] * 3
-    edited(ledger, 2, unsigned)
+    resign(ledger, 2, remove_signer)
     newest, *older = faults(ledger)
     assert NOBODY in (newest or "")
     assert older == [None] * 2
 
 
 def test_unsigned_decisions_hold_where_no_key_is_trusted(ledger: Ledger) -> None:
-    edited(ledger, 2, unsigned)
+    resign(ledger, 2, remove_signer)
     (ledger.root / "deploy/trusted_keys").unlink()
     newest, *older = faults(ledger)
     assert newest is None
@@ -403,7 +415,7 @@ def test_unsigned_decisions_hold_where_no_key_is_trusted(ledger: Ledger) -> None
 
 
 def test_a_decision_whose_signature_does_not_hold_lets_no_unsigned_one_hold(ledger: Ledger) -> None:
-    edited(ledger, 1, unsigned)
+    resign(ledger, 1, remove_signer)
     forgery.remake(ledger, {2: lambda *_: None}, None, forgery.unsigned)
     newest, middle, first = faults(ledger)
     assert "not signed" in (newest or "")

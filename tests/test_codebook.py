@@ -55,7 +55,7 @@ def answer(model: onnx.ModelProto, images: npt.NDArray[np.float32], optimized: b
     return np.asarray(ready.run(None, {ready.get_inputs()[0].name: images})[0])
 
 
-def packed(model: onnx.ModelProto) -> int:
+def zst_bytes(model: onnx.ModelProto) -> int:
     return len(zstandard.ZstdCompressor(level=19).compress(model.SerializeToString()))
 
 
@@ -136,7 +136,7 @@ def test_a_real_network_keeps_its_zeros_and_its_integer_kernels_and_packs_better
         assert old.shape == new.shape
         assert not new[old == 0].any(), "what pruning zeroed stays zero"
         assert len(np.unique(new[new != 0])) <= 16
-    assert packed(after) < 0.85 * packed(before)
+    assert zst_bytes(after) < 0.85 * zst_bytes(before)
     onnx.save(after, tmp_path / "shared.onnx")
     assert float_layers(tmp_path / "shared.onnx") == []
     inputs = noise(networks(name))
@@ -158,7 +158,7 @@ def test_each_layer_has_its_own_codebook(networks: Networks) -> None:
     assert len(np.unique(np.concatenate([codes.ravel() for codes in codes_of(model)]))) > 1 + 8
 
 
-def trained(values: list[float], tmp_path: Path, images: list[bytes], tiny: float = 1.0) -> onnx.ModelProto:
+def train(values: list[float], tmp_path: Path, images: list[bytes], tiny: float = 1.0) -> onnx.ModelProto:
     """A quantized perceptron whose weights are plus or minus these values; channel 0 has them times `tiny`."""
     preprocessing = backbone.preprocessing("mlp", 28)
     torch.manual_seed(0)
@@ -176,7 +176,7 @@ def trained(values: list[float], tmp_path: Path, images: list[bytes], tiny: floa
 
 
 def test_weights_trained_on_a_codebook_come_back_under_one_scale(tmp_path: Path, images: list[bytes]) -> None:
-    before = trained([0.01, 0.02, 0.03, 0.04, 0.05], tmp_path, images)
+    before = train([0.01, 0.02, 0.03, 0.04, 0.05], tmp_path, images)
     assert all(len(np.unique(abs(codes))) > 5 for codes in codes_of(before)), "own scales hide the codebook"
     after = copy(before)
     apply(after, 10)
@@ -191,7 +191,7 @@ def test_weights_trained_on_a_codebook_come_back_under_one_scale(tmp_path: Path,
 
 
 def test_a_channel_too_small_for_one_scale_keeps_its_own(tmp_path: Path, images: list[bytes]) -> None:
-    model = trained([0.01, 0.02, 0.03, 0.04, 0.05], tmp_path, images, tiny=1e-4)
+    model = train([0.01, 0.02, 0.03, 0.04, 0.05], tmp_path, images, tiny=1e-4)
     before = [codes * scale[:, None] for codes, scale in zip(codes_of(model), scales_of(model), strict=True)]
     apply(model, 10)
     for old, codes, scale in zip(before, codes_of(model), scales_of(model), strict=True):
@@ -199,7 +199,7 @@ def test_a_channel_too_small_for_one_scale_keeps_its_own(tmp_path: Path, images:
         assert codes * scale[:, None] == pytest.approx(old, rel=0.5)
 
 
-def tied(biased: bool) -> onnx.ModelProto:
+def tied_network(biased: bool) -> onnx.ModelProto:
     """Two layers that read one dequantized weight, whose codes become few under one scale."""
     scale = np.array([1, 0.5, 0.35, 0.2], np.float32) / 127
     exact = np.random.default_rng(0).choice([0.1, 0.2], (4, 4))
@@ -232,7 +232,7 @@ def tied(biased: bool) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("biased", [True, False])
 def test_what_two_layers_read_keeps_its_scales(biased: bool) -> None:
-    model = tied(biased)
+    model = tied_network(biased)
     inputs = np.random.default_rng(1).random((16, 4)).astype(np.float32)
     expected = answer(model, inputs, optimized=False)
     apply(model, 4)
@@ -241,7 +241,7 @@ def test_what_two_layers_read_keeps_its_scales(biased: bool) -> None:
 
 
 def test_weights_with_a_zero_point_are_left_alone() -> None:
-    model = tied(biased=False)
+    model = tied_network(biased=False)
     graph.initializers(model)["wz"].CopyFrom(numpy_helper.from_array(np.full(4, 3, np.int8), "wz"))
     before = [numpy_helper.to_array(tensor).tobytes() for tensor in model.graph.initializer if tensor.name[0] == "w"]
     apply(model, 1)

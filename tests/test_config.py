@@ -89,7 +89,7 @@ gate:
 """
 
 
-def changed(tmp_path: Path, old: str, new: str) -> Path:
+def write_changed(tmp_path: Path, old: str, new: str) -> Path:
     """A parameter file with one passage changed."""
     assert old in TEXT
     path = tmp_path / "params.yaml"
@@ -113,7 +113,7 @@ def test_the_shipped_file_loads() -> None:
 
 
 def test_values_are_those_of_the_file(tmp_path: Path) -> None:
-    params = config.load(changed(tmp_path, "min_side: 8", "min_side: 9"))
+    params = config.load(write_changed(tmp_path, "min_side: 8", "min_side: 9"))
     assert params.classes == ("shirt", "trouser", "dress")
     assert params.validate_.min_side == 9
     assert params.prune.blocks is None
@@ -231,7 +231,7 @@ def test_values_are_those_of_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, says: str) -> None:
-    sentence = refusal(changed(tmp_path, old, new))
+    sentence = refusal(write_changed(tmp_path, old, new))
     assert says in sentence
     assert "http" not in sentence
 
@@ -252,7 +252,7 @@ def test_what_is_no_parameter_file_at_all(tmp_path: Path, content: bytes, says: 
 
 
 def test_a_yaml_error_names_its_line(tmp_path: Path) -> None:
-    assert refusal(changed(tmp_path, "model: classifier", "model: a\nmodel: b")).endswith("in line 2")
+    assert refusal(write_changed(tmp_path, "model: classifier", "model: a\nmodel: b")).endswith("in line 2")
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -265,14 +265,14 @@ def test_keys_of_sections_that_are_null_are_explained_too(tmp_path: Path) -> Non
     assert shown["prune.blocks.threshold"] == ("", "> 0, < 1")
     assert shown["prune.blocks.remove"] == ("", ">= 1")
     assert shown["quantize.factor"] == ("null", ">= 1e-06, <= 1e+06")
-    given = config.load(changed(tmp_path, "blocks: null", "blocks: {threshold: 0.3}"))
+    given = config.load(write_changed(tmp_path, "blocks: null", "blocks: {threshold: 0.3}"))
     shown = {name: (value, bounds) for name, value, bounds, _ in config.explain(given)}
     assert shown["prune.blocks.threshold"] == ("0.3", "> 0, < 1")
     assert "prune.blocks" not in shown
 
 
 def test_slices_by_columns_that_ingest_carries(tmp_path: Path) -> None:
-    path = changed(tmp_path, "  seed: 0\n\nvalidate", "  seed: 0\n  columns: [site, device]\n\nvalidate")
+    path = write_changed(tmp_path, "  seed: 0\n\nvalidate", "  seed: 0\n  columns: [site, device]\n\nvalidate")
     path.write_text(path.read_text() + "    device: {min_top1: 0.5, max_regression: 0.1}\n")
     params = config.load(path)
     assert params.ingest.columns == ("site", "device")
@@ -286,14 +286,14 @@ def test_slices_by_columns_that_ingest_carries(tmp_path: Path) -> None:
 
 def test_what_the_gate_does_if_it_is_not_told(tmp_path: Path) -> None:
     """Nothing goes without a champion, no trade is made, and golden outputs are met closely."""
-    gate = config.load(changed(tmp_path, ", trade: {margin: 0.02, min_times_smaller: 2}", "")).gate
+    gate = config.load(write_changed(tmp_path, ", trade: {margin: 0.02, min_times_smaller: 2}", "")).gate
     assert (gate.bootstrap, gate.champion.trade, gate.champion.confidence) == (False, None, 0.95)
     assert gate.max_golden_difference == 0.001
 
 
 @pytest.mark.parametrize("gain", ["min_times_smaller: 1.01", "min_times_faster: 1.01"])
 def test_a_trade_gains_size_or_speed(tmp_path: Path, gain: str) -> None:
-    trade = config.load(changed(tmp_path, "min_times_smaller: 2", gain)).gate.champion.trade
+    trade = config.load(write_changed(tmp_path, "min_times_smaller: 2", gain)).gate.champion.trade
     assert trade is not None
     assert sorted([trade.min_times_smaller, trade.min_times_faster]) == [1, 1.01]
 
@@ -305,7 +305,7 @@ def test_the_recipes_load(recipe: Path) -> None:
 
 @pytest.mark.parametrize("number", ["1e-3", "1E-3", "1.0e-3", "0.001", ".001"])
 def test_numbers_however_they_are_written(tmp_path: Path, number: str) -> None:
-    params = config.load(changed(tmp_path, "learning_rate: 0.001", f"learning_rate: {number}"))
+    params = config.load(write_changed(tmp_path, "learning_rate: 0.001", f"learning_rate: {number}"))
     assert params.finetune.training.learning_rate == 0.001
 
 
@@ -317,7 +317,7 @@ UNCHANGEABLE: list[Callable[[config.Params], object]] = [
 
 @pytest.mark.parametrize("change", UNCHANGEABLE)
 def test_parameters_do_not_change(tmp_path: Path, change: Callable[[config.Params], object]) -> None:
-    params = config.load(changed(tmp_path, "model: classifier", "model: digits"))
+    params = config.load(write_changed(tmp_path, "model: classifier", "model: digits"))
     with pytest.raises(ValueError, match="frozen"):
         change(params)
 

@@ -107,7 +107,7 @@ def test_the_lines_for_a_device_classify_as_weighin_does(tmp_path: Path) -> None
         folder = tmp_path / name
         folder.mkdir()
         images = write_model(folder / "model.onnx", channels)
-        said = [[classified(folder, listing, image) for image in images] for listing in listings]
+        said = [[classify(folder, listing, image) for image in images] for listing in listings]
         assert said[0] == said[1]
         assert len(set(said[0])) > 1
 
@@ -133,7 +133,7 @@ def write_model(path: Path, channels: int) -> list[Path]:
     return images
 
 
-def classified(folder: Path, listing: str, image: Path) -> str:
+def classify(folder: Path, listing: str, image: Path) -> str:
     """What the listing prints for the image."""
     (folder / "classify.py").write_text(listing)
     command = [sys.executable, "classify.py", image.name]

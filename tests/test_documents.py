@@ -95,20 +95,20 @@ def params(**weights: Any) -> config.Params:
     return config.Params.model_validate(content)
 
 
-def recorded(given: config.Params) -> Recorded:
+def record_of(given: config.Params) -> Recorded:
     content = given.model_dump(mode="json", by_alias=True)
     return Recorded.model_validate({**content, "content": content})
 
 
 def card_of(decision: Decision, checks: Any, benchmark: Benchmark, given: config.Params) -> str:
-    return model_card(decision, checks, benchmark, recorded(given))
+    return model_card(decision, checks, benchmark, record_of(given))
 
 
 def test_classes_that_were_left_to_the_data_are_named_as_the_benchmark_has_them() -> None:
     given = PARAMS.model_copy(update={"classes": None, "ingest": PARAMS.ingest.model_copy(update={"kind": "folder"})})
     of = STAGES.model_copy(update={"classes": ("ant", "bee")})
     assert "each of one class of 2: ant, bee." in card_of(DECISION, (), of, given)
-    made = bill_of_materials(DECISION, recorded(given), of, ENVIRONMENT)
+    made = bill_of_materials(DECISION, record_of(given), of, ENVIRONMENT)
     assert "logits: float32 (batch, 2)" in json.dumps(made)
 
 
@@ -119,7 +119,7 @@ def provenance(decision: Decision = DECISION, **changes: Any) -> Any:
 
 
 def bom(decision: Decision = DECISION, given: config.Params = PARAMS, of: Benchmark = COMPARED) -> Any:
-    return json.loads(json.dumps(bill_of_materials(decision, recorded(given), of, ENVIRONMENT)))
+    return json.loads(json.dumps(bill_of_materials(decision, record_of(given), of, ENVIRONMENT)))
 
 
 def cells(card: str, name: str) -> list[str]:

@@ -420,7 +420,7 @@ def test_a_schedule_ends_with_its_server_and_with_the_run_that_it_has_started(
     )  # fmt: skip
     assert process.stderr is not None
     api = Workspace(workspace.root, f"http://127.0.0.1:{port}/api")
-    (deployment,) = wait_for(lambda: answering(api) and deployed(api), "the schedule")
+    (deployment,) = wait_for(lambda: answering(api) and deployments(api), "the schedule")
     api.post(f"deployments/{deployment['id']}/create_flow_run")
     assert any("python -m tasks.finetune" in line for line in process.stderr)
     started = family(process.pid)
@@ -514,12 +514,12 @@ def test_the_compressed_model_is_transferred_to_another_task(workspace: Workspac
     assert spec["weights"]["version"] == "v0.1.0"
 
 
-def deployed(workspace: Workspace) -> list[dict[str, Any]]:
+def deployments(workspace: Workspace) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = workspace.post("deployments/filter")
     return found
 
 
-def finished(workspace: Workspace, deployment: str) -> dict[str, Any] | None:
+def finished_run(workspace: Workspace, deployment: str) -> dict[str, Any] | None:
     runs = workspace.post("flow_runs/filter", deployments={"id": {"any_": [deployment]}})
     done = [one for one in runs if one["state"] and one["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED")]
     return done[0] if done else None
@@ -537,11 +537,11 @@ def test_the_deployment_runs_on_a_process_work_pool(workspace: Workspace) -> Non
         WEIGHIN_HOME=str(workspace.root),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    (deployment,) = deployed(workspace)
+    (deployment,) = deployments(workspace)
     assert [one["schedule"]["cron"] for one in deployment["schedules"]] == ["0 3 * * 1"]
     workspace.post(f"deployments/{deployment['id']}/create_flow_run")
     workspace.output("prefect", "worker", "start", "--pool", "weighin", "--run-once")
-    run = wait_for(lambda: finished(workspace, deployment["id"]), "the deployment's run")
+    run = wait_for(lambda: finished_run(workspace, deployment["id"]), "the deployment's run")
     assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
     assert workspace.ran() == []
     httpx.delete(f"{workspace.api}/deployments/{deployment['id']}").raise_for_status()
@@ -554,17 +554,17 @@ def test_a_schedule_is_served_until_it_is_stopped(workspace: Workspace) -> None:
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        (deployment,) = wait_for(lambda: deployed(workspace), "the schedule")
+        (deployment,) = wait_for(lambda: deployments(workspace), "the schedule")
         (kept,) = deployment["schedules"]
         assert (kept["schedule"]["cron"], kept["schedule"]["timezone"]) == ("0 3 * * 1", "Europe/Berlin")
         assert kept["active"] is True
         workspace.post(f"deployments/{deployment['id']}/create_flow_run")
-        run = wait_for(lambda: finished(workspace, deployment["id"]), "the scheduled run")
+        run = wait_for(lambda: finished_run(workspace, deployment["id"]), "the scheduled run")
         assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
     finally:
         serving.send_signal(signal.SIGINT)
         serving.wait(WAIT_S)
-    (deployment,) = deployed(workspace)
+    (deployment,) = deployments(workspace)
     assert deployment["schedules"][0]["active"] is True  # it is still there when the process comes back
     httpx.delete(f"{workspace.api}/deployments/{deployment['id']}").raise_for_status()
 

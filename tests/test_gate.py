@@ -117,12 +117,12 @@ def full() -> Evidence:
     return evidence_of(text(table()))
 
 
-def judged(given: Evidence, **changes: Any) -> Verdict:
+def judge(given: Evidence, **changes: Any) -> Verdict:
     return gate(given, config.Gate.model_validate(LIMITS | changes), CLASSES)
 
 
-def failed(given: Evidence, **changes: Any) -> list[str]:
-    verdict = judged(given, **changes)
+def failures(given: Evidence, **changes: Any) -> list[str]:
+    verdict = judge(given, **changes)
     names = [check.name for check in verdict.checks if not check.passed]
     assert verdict.passed is (not names)
     explained = explain(verdict)
@@ -170,7 +170,7 @@ FIRST = ("report", "stages", "finetune")
 
 
 def test_on_every_limit_it_passes() -> None:
-    verdict = judged(full())
+    verdict = judge(full())
     assert verdict.passed is True
     assert [check.name for check in verdict.checks] == CHECKS
     assert {name: getattr(verdict, name) for name in SUBJECT._fields} == SUBJECT._asdict()
@@ -181,19 +181,19 @@ def test_on_every_limit_it_passes() -> None:
 
 
 def test_the_same_evidence_gives_the_same_verdict_and_so_does_what_json_keeps_of_it() -> None:
-    verdict = judged(full())
+    verdict = judge(full())
     text = json.dumps(verdict.to_json(), allow_nan=False)
-    assert text == json.dumps(judged(full()).to_json())
+    assert text == json.dumps(judge(full()).to_json())
     assert Verdict.model_validate_json(text) == verdict
     assert Verdict.model_validate_json(text).to_json() == verdict.to_json()
     given = full()
     kept = {name: json.loads(json.dumps(getattr(given, name))) for name in ("report", "champion", "infra")}
-    assert judged(given._replace(**kept)) == verdict
+    assert judge(given._replace(**kept)) == verdict
     assert explain(Verdict.model_validate_json(text)) == explain(verdict)
 
 
 def test_nothing_in_a_verdict_can_be_changed_afterwards() -> None:
-    verdict: Any = judged(full())
+    verdict: Any = judge(full())
     owl = verdict.slices["label"][2]
     for part, name in (
         (verdict, "passed"), (verdict.checks[0], "passed"), (verdict.comparison, "lower"), (owl, "top1"),
@@ -206,7 +206,7 @@ def test_nothing_in_a_verdict_can_be_changed_afterwards() -> None:
 def test_judging_leaves_the_evidence_as_it_was() -> None:
     given = full()
     before = copy.deepcopy(given)
-    judged(given)
+    judge(given)
     assert given == before
 
 
@@ -241,7 +241,7 @@ def test_judging_leaves_the_evidence_as_it_was() -> None:
     ],
 )
 def test_just_beyond_a_limit_it_fails(keys: tuple[str, ...], value: Any, names: list[str]) -> None:
-    assert failed(with_value(value, *keys)) == names
+    assert failures(with_value(value, *keys)) == names
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_just_beyond_a_limit_it_fails(keys: tuple[str, ...], value: Any, names: 
     ],
 )
 def test_the_worst_class_has_to_hold(limit: dict[str, Any], names: list[str]) -> None:
-    assert failed(full(), slices={"label": limit}) == names
+    assert failures(full(), slices={"label": limit}) == names
 
 
 USELESS: list[Any] = [None, float("nan"), float("inf"), float("-inf"), True, False, "0.95", [], {}, 10**400, -(10**400)]
@@ -290,26 +290,26 @@ USELESS: list[Any] = [None, float("nan"), float("inf"), float("-inf"), True, Fal
 )
 def test_what_is_no_usable_value_is_refused(keys: tuple[str, ...], names: list[str], value: Any) -> None:
     given = with_value(value, *keys)
-    assert failed(given) == names
+    assert failures(given) == names
     if keys[0] == "report":
-        json.dumps(judged(given).to_json(), allow_nan=False)
+        json.dumps(judge(given).to_json(), allow_nan=False)
 
 
 @pytest.mark.parametrize("value", [value for value in USELESS if value is not True], ids=lambda value: str(value)[:5])
 def test_only_true_is_true(value: Any) -> None:
-    assert failed(with_value(value, "infra", "huge", "same_top1")) == ["golden_not_same_top1"]
-    assert failed(with_value(value, "infra", "huge", "repeatable")) == ["golden_not_repeatable"]
-    assert failed(with_value(value, "champion", "bootstrap", given=first_promotion())) == ["champion"]
+    assert failures(with_value(value, "infra", "huge", "same_top1")) == ["golden_not_same_top1"]
+    assert failures(with_value(value, "infra", "huge", "repeatable")) == ["golden_not_repeatable"]
+    assert failures(with_value(value, "champion", "bootstrap", given=first_promotion())) == ["champion"]
 
 
 @pytest.mark.parametrize("value", [value for value in USELESS if value != []], ids=lambda value: str(value)[:5])
 def test_what_was_withdrawn_is_a_list(value: Any) -> None:
-    assert failed(with_value(value, "champion", "withdrawn")) == ["rolled_back"]
+    assert failures(with_value(value, "champion", "withdrawn")) == ["rolled_back"]
 
 
 @pytest.mark.parametrize("value", [value for value in USELESS if not isinstance(value, str)], ids=lambda v: str(v)[:5])
 def test_a_version_is_a_string(value: Any) -> None:
-    assert "champion" in failed(with_value(value, "champion", "version"))
+    assert "champion" in failures(with_value(value, "champion", "version"))
 
 
 @pytest.mark.parametrize(
@@ -334,81 +334,81 @@ def test_a_version_is_a_string(value: Any) -> None:
     ],
 )
 def test_what_is_missing_is_refused(keys: tuple[str, ...], names: list[str]) -> None:
-    assert failed(without(*keys)) == names
+    assert failures(without(*keys)) == names
 
 
 @pytest.mark.parametrize("content", [{}, [], None, "passed", 1.0, True, {"stages": []}, {"stages": {"reduce": 1}}])
 def test_a_report_that_is_none_is_refused(content: Any) -> None:
-    assert failed(with_value(content, "report")) == [*SAME, *THRESHOLDS, "champion_sha256"]
+    assert failures(with_value(content, "report")) == [*SAME, *THRESHOLDS, "champion_sha256"]
 
 
 def test_nothing_at_all_is_refused() -> None:
     nothing = Evidence(None, b"", None, "", "", None, SUBJECT)
-    assert failed(nothing) == [*SAME, *THRESHOLDS, *FACED, "top1_by_label", "top1_by_device", *MET]
+    assert failures(nothing) == [*SAME, *THRESHOLDS, *FACED, "top1_by_label", "top1_by_device", *MET]
 
 
 @pytest.mark.parametrize("base", [0, 0.0, -4.0])
 def test_a_ratio_needs_a_base_above_zero(base: float) -> None:
-    assert failed(with_value(base, *FIRST, "latency_p50_ms")) == ["latency_ratio"]
+    assert failures(with_value(base, *FIRST, "latency_p50_ms")) == ["latency_ratio"]
 
 
 @pytest.mark.parametrize("amount", [-1, 0])
 def test_what_weighs_nothing_was_not_weighed(amount: int) -> None:
-    assert failed(with_value(amount, *LAST, "size_bytes")) == ["size_bytes"]
-    assert failed(with_value(amount, *LAST, "latency_p50_ms")) == ["latency_ratio", "latency_ms"]
+    assert failures(with_value(amount, *LAST, "size_bytes")) == ["size_bytes"]
+    assert failures(with_value(amount, *LAST, "latency_p50_ms")) == ["latency_ratio", "latency_ms"]
 
 
 def test_less_than_a_millisecond_is_an_amount() -> None:
-    assert failed(with_value(0.001, *LAST, "latency_p50_ms")) == []
+    assert failures(with_value(0.001, *LAST, "latency_p50_ms")) == []
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, 91])
 def test_a_share_lies_between_0_and_1(share: float) -> None:
-    assert failed(with_value(share, *LAST, "top1")) == ["top1_of_predictions", "top1", "top1_drop"]
-    assert failed(with_value(share, *FIRST, "top1")) == ["top1_drop"]
+    assert failures(with_value(share, *LAST, "top1")) == ["top1_of_predictions", "top1", "top1_drop"]
+    assert failures(with_value(share, *FIRST, "top1")) == ["top1_drop"]
 
 
 def test_a_share_may_be_0_or_1() -> None:
-    assert failed(with_value(0, *FIRST, "top1")) == []
-    assert failed(evidence_of(text(table(ours=())))) == []
+    assert failures(with_value(0, *FIRST, "top1")) == []
+    assert failures(evidence_of(text(table(ours=())))) == []
 
 
 def test_a_difference_below_zero_is_none() -> None:
-    assert failed(with_value(-0.5, "infra", "huge", "difference")) == ["golden_difference"]
+    assert failures(with_value(-0.5, "infra", "huge", "difference")) == ["golden_difference"]
 
 
 def test_of_several_cases_the_first_that_failed_is_named() -> None:
     bad = {"difference": None, "same_top1": False, "repeatable": False}
-    verdict = judged(with_value({"fine": full().infra["huge"], "one": bad, "other": bad}, "infra"))  # type: ignore[index]
+    verdict = judge(with_value({"fine": full().infra["huge"], "one": bad, "other": bad}, "infra"))  # type: ignore[index]
     found = [one_check(verdict, name) for name in MET]
     assert [(check.value, check.where) for check in found] == [(None, "one"), (2.0, "one"), (2.0, "one")]
 
 
 def test_a_drop_on_the_limit_passes_in_spite_of_rounding() -> None:
     assert 0.91 - 0.9 > 0.01
-    assert failed(full()) == []
-    assert failed(with_value(0.910001, *FIRST, "top1")) == ["top1_drop"]
+    assert failures(full()) == []
+    assert failures(with_value(0.910001, *FIRST, "top1")) == ["top1_drop"]
 
 
 def test_a_better_model_has_a_drop_below_zero() -> None:
-    verdict = judged(with_value(0.86, *FIRST, "top1"), max_top1_drop=0.0)
+    verdict = judge(with_value(0.86, *FIRST, "top1"), max_top1_drop=0.0)
     assert verdict.passed
     assert one_check(verdict, "top1_drop").value == pytest.approx(-0.04)
 
 
 def test_a_limit_of_null_is_left_out() -> None:
     given = with_value(1e6, *LAST, "latency_p50_ms", given=with_value(1e9, *FIRST, "latency_p50_ms"))
-    assert failed(given) == ["latency_ms"]
-    verdict = judged(given, max_latency_ms=None, max_zst_bytes=None)
+    assert failures(given) == ["latency_ms"]
+    verdict = judge(given, max_latency_ms=None, max_zst_bytes=None)
     assert verdict.passed
     left_out = {"latency_ms", "zst_bytes"}
     assert [check.name for check in verdict.checks] == [name for name in CHECKS if name not in left_out]
 
 
 def test_the_sentence_names_what_was_and_what_must_be() -> None:
-    verdict = judged(with_value(1001, *LAST, "size_bytes"))
+    verdict = judge(with_value(1001, *LAST, "size_bytes"))
     assert sentence(verdict) == "refused: size_bytes is 1001 but must be <= 1000"
-    verdict = judged(with_value(False, "infra", "huge", "same_top1"))
+    verdict = judge(with_value(False, "infra", "huge", "same_top1"))
     assert sentence(verdict) == "refused: golden_not_same_top1 (huge) is 1.0 but must be <= 0"
     assert reason(one_check(verdict, "golden_not_same_top1")) in sentence(verdict)
 
@@ -433,19 +433,19 @@ def test_what_is_no_table_of_predictions_is_refused(predictions: bytes) -> None:
     given = with_value(0.9, *LAST, "top1", given=evidence_of(predictions))
     names = ["top1_of_predictions", "top1_vs_champion", "top1_by_label", "top1_by_device"]
     assert rows(predictions) == []
-    assert failed(given) == names
+    assert failures(given) == names
     stale = with_value(predictions, "predictions")
-    assert failed(stale) == ["predictions_sha256", *names]
+    assert failures(stale) == ["predictions_sha256", *names]
 
 
 def test_one_image_is_a_table_too() -> None:
     assert rows(text(table()[:2])) == [dict(zip(*table()[:2], strict=True))]
-    assert [entry.images for entry in judged(evidence_of(text(table()[:2]))).slices["device"]] == [1]
+    assert [entry.images for entry in judge(evidence_of(text(table()[:2]))).slices["device"]] == [1]
 
 
 def test_predictions_of_another_run_are_refused() -> None:
     other = text(table(ours=OURS[1:]))
-    assert failed(full()._replace(predictions=other)) == ["predictions_sha256", "top1_of_predictions"]
+    assert failures(full()._replace(predictions=other)) == ["predictions_sha256", "top1_of_predictions"]
 
 
 @pytest.mark.parametrize("column", ["actual", "predicted", "champion"])
@@ -467,7 +467,7 @@ def test_names_with_commas_quotes_and_other_letters_are_counted_right() -> None:
 
 
 def test_the_bound_and_the_counts_are_those_of_the_paired_comparison() -> None:
-    found = judged(full()).comparison
+    found = judge(full()).comparison
     assert found is not None
     assert (found.images, found.wins, found.losses, found.wrong) == (200, WINS, LOSSES, len(OURS))
     assert found.difference == pytest.approx((WINS - LOSSES) / 200)
@@ -484,42 +484,42 @@ LOWER = noninferiority.lower_bound(WINS, LOSSES, 200, 0.95)
 
 def test_the_margin_from_both_sides() -> None:
     """The bound must be above minus the margin: on it is not enough."""
-    assert failed(full(), champion={"margin": -LOWER + 1e-6}) == []
-    assert failed(full(), champion={"margin": -LOWER}) == ["top1_vs_champion"]
-    assert failed(full(), champion={"margin": -LOWER - 1e-6}) == ["top1_vs_champion"]
+    assert failures(full(), champion={"margin": -LOWER + 1e-6}) == []
+    assert failures(full(), champion={"margin": -LOWER}) == ["top1_vs_champion"]
+    assert failures(full(), champion={"margin": -LOWER - 1e-6}) == ["top1_vs_champion"]
 
 
 def test_more_confidence_needs_a_wider_margin() -> None:
-    assert failed(full(), champion={"margin": -LOWER + 1e-6, "confidence": 0.99}) == ["top1_vs_champion"]
+    assert failures(full(), champion={"margin": -LOWER + 1e-6, "confidence": 0.99}) == ["top1_vs_champion"]
 
 
 def test_a_champion_that_is_better_in_production_keeps_its_place() -> None:
     given = evidence_of(text(table(theirs=())))
-    assert "top1_vs_champion" in failed(given)
+    assert "top1_vs_champion" in failures(given)
 
 
 TRADE = {"margin": MARGIN, "min_times_smaller": 1.5, "min_times_faster": 1.5}
 SMALL = 0.02  # a margin that is missed
 
 
-def traded(given: Evidence, margin: float = SMALL, **changes: Any) -> Any:
-    return judged(given, champion={"margin": margin, "trade": TRADE | changes})
+def judge_trade(given: Evidence, margin: float = SMALL, **changes: Any) -> Any:
+    return judge(given, champion={"margin": margin, "trade": TRADE | changes})
 
 
 def test_a_trade_is_used_and_said() -> None:
-    assert failed(full(), champion={"margin": SMALL}) == ["top1_vs_champion"]
-    verdict = traded(full())
+    assert failures(full(), champion={"margin": SMALL}) == ["top1_vs_champion"]
+    verdict = judge_trade(full())
     assert (verdict.passed, verdict.comparison.traded) == (True, True)
     assert one_check(verdict, "top1_vs_champion").limit == -MARGIN
     assert sentence(verdict).endswith(f"checks passed, with accuracy traded within a margin of {MARGIN}")
 
 
 def test_a_margin_that_the_bound_is_on_is_missed_and_traded() -> None:
-    assert traded(full(), margin=-LOWER).comparison.traded is True
+    assert judge_trade(full(), margin=-LOWER).comparison.traded is True
 
 
 def test_a_trade_is_not_used_where_the_margin_holds() -> None:
-    verdict = traded(full(), margin=-LOWER + 1e-6)
+    verdict = judge_trade(full(), margin=-LOWER + 1e-6)
     assert (verdict.passed, verdict.comparison.traded) == (True, False)
     assert one_check(verdict, "top1_vs_champion").limit == -(-LOWER + 1e-6)
     assert "traded" not in sentence(verdict)
@@ -536,7 +536,7 @@ def test_a_trade_is_not_used_where_the_margin_holds() -> None:
     ids=str,
 )
 def test_a_trade_needs_all_of_its_conditions(keys: tuple[str, ...], value: Any) -> None:
-    verdict = traded(with_value(value, *keys))
+    verdict = judge_trade(with_value(value, *keys))
     assert (verdict.passed, verdict.comparison.traded) == (False, False)
     check = one_check(verdict, "top1_vs_champion")
     assert (check.passed, check.limit) == (False, -SMALL)
@@ -545,21 +545,21 @@ def test_a_trade_needs_all_of_its_conditions(keys: tuple[str, ...], value: Any) 
 
 def test_what_is_too_many_times_smaller_to_be_a_number_is_no_gain() -> None:
     given = with_value(1e308, "report", "champion", "size_bytes", given=with_value(0.1, *LAST, "size_bytes"))
-    verdict = traded(given)
+    verdict = judge_trade(given)
     assert (verdict.comparison.traded, verdict.comparison.times_smaller) == (False, None)
     json.dumps(verdict.to_json(), allow_nan=False)
 
 
 def test_a_trade_has_a_margin_too() -> None:
-    verdict = judged(full(), champion={"margin": SMALL, "trade": TRADE | {"margin": -LOWER}})
+    verdict = judge(full(), champion={"margin": SMALL, "trade": TRADE | {"margin": -LOWER}})
     assert one_check(verdict, "top1_vs_champion").passed is False
     assert "traded" not in sentence(verdict)
 
 
 def test_a_champion_without_answers_is_not_one_that_is_always_wrong() -> None:
     names = ["top1_vs_champion"]
-    assert failed(evidence_of(text(table(theirs=None)))) == names
-    assert failed(with_table(lambda cells: cells[7].__setitem__(2, ""))) == names
+    assert failures(evidence_of(text(table(theirs=None)))) == names
+    assert failures(with_table(lambda cells: cells[7].__setitem__(2, ""))) == names
 
 
 def first_promotion(**changes: Any) -> Evidence:
@@ -571,41 +571,41 @@ def first_promotion(**changes: Any) -> Evidence:
 @pytest.mark.parametrize("value", [1, 0.5, True, None])
 def test_two_that_are_no_sha256_are_not_the_same_model(value: Any) -> None:
     given = with_value(value, "champion", "model_sha256", given=with_value(value, "report", "champion", "sha256"))
-    assert failed(given) == ["champion_sha256"]
+    assert failures(given) == ["champion_sha256"]
 
 
 def test_the_first_promotion_needs_the_word_for_it() -> None:
-    verdict = judged(first_promotion())
+    verdict = judge(first_promotion())
     assert (verdict.passed, verdict.comparison) == (True, None)
     assert [check.name for check in verdict.checks] == [
         *SAME, *THRESHOLDS, "champion", "top1_by_label", "top1_by_device", *MET
     ]  # fmt: skip
-    assert failed(first_promotion(bootstrap=False)) == ["champion"]
-    assert failed(first_promotion(bootstrap=False), bootstrap=True) == []
+    assert failures(first_promotion(bootstrap=False)) == ["champion"]
+    assert failures(first_promotion(bootstrap=False), bootstrap=True) == []
     assert one_check(verdict, "champion").value == "bootstrap"
 
 
 def test_that_word_changes_nothing_where_there_is_a_champion() -> None:
     worse = evidence_of(text(table(theirs=())))
-    names = failed(worse)
+    names = failures(worse)
     assert "top1_vs_champion" in names
-    assert failed(with_value(True, "champion", "bootstrap", given=worse), bootstrap=True) == names
+    assert failures(with_value(True, "champion", "bootstrap", given=worse), bootstrap=True) == names
     unsure = with_value(True, "champion", "bootstrap", given=without("champion", "version"))
-    assert failed(unsure, bootstrap=True) == ["champion", "top1_vs_champion"]
-    assert failed(with_value({}, "champion"), bootstrap=True) == FACED
+    assert failures(unsure, bootstrap=True) == ["champion", "top1_vs_champion"]
+    assert failures(with_value({}, "champion"), bootstrap=True) == FACED
 
 
 def test_a_champion_that_was_weighed_is_not_forgotten() -> None:
     """The record says there is none, and the benchmark weighed one: one of the two is of another run."""
     given = full()._replace(champion=first_promotion().champion)
-    assert failed(given) == ["champion", "champion_sha256", "top1_vs_champion"]
+    assert failures(given) == ["champion", "champion_sha256", "top1_vs_champion"]
 
 
 # Slices
 
 
 def test_every_value_of_a_column_is_listed_with_its_numbers() -> None:
-    slices = judged(full()).slices
+    slices = judge(full()).slices
     assert [(entry.value, entry.images, entry.judged) for entry in slices["label"]] == [
         (name, 50, True) for name in CLASSES
     ]
@@ -622,19 +622,19 @@ def test_every_value_of_a_column_is_listed_with_its_numbers() -> None:
 
 def test_a_slice_that_the_champion_has_right_and_ours_all_wrong_has_lost_everything() -> None:
     given = evidence_of(text(table(ours=range(100, 150), theirs=())))
-    check = one_check(judged(given), "regression_by_label")
+    check = one_check(judge(given), "regression_by_label")
     assert (check.value, check.where, check.passed) == (1.0, "owl", False)
 
 
 def test_a_slice_in_which_the_champion_left_an_image_out_has_no_difference() -> None:
     """Its missing answer would count as a wrong one, to our advantage."""
     given = with_table(lambda cells: cells[2].__setitem__(2, ""))
-    first, second = judged(given).slices["label"][:2]
+    first, second = judge(given).slices["label"][:2]
     assert (first.difference, second.difference is None) == (None, False)
 
 
 def test_the_worst_slice_is_named() -> None:
-    verdict = judged(full())
+    verdict = judge(full())
     assert one_check(verdict, "top1_by_label").where == "owl"
     assert one_check(verdict, "regression_by_label").where == "owl"
     assert one_check(verdict, "regression_by_label").value == 0.1
@@ -644,11 +644,11 @@ def test_a_slice_with_few_images_is_listed_and_not_judged() -> None:
     wrong = {*OURS, 60, 110, 161} - {1, 51, 151}  # all of the scanner's, and as many others right
     given = evidence_of(text(table(ours=wrong)))
     limits = {"min_count": 5, "min_top1": 0.5}
-    verdict = judged(given, slices={"device": limits})
+    verdict = judge(given, slices={"device": limits})
     scanner = verdict.slices["device"][2]
     assert (scanner.value, scanner.top1, scanner.judged) == ("scanner", 0.0, False)
     assert one_check(verdict, "top1_by_device").passed
-    verdict = judged(given, slices={"device": limits | {"min_count": 4}})
+    verdict = judge(given, slices={"device": limits | {"min_count": 4}})
     expected = Check(name="top1_by_device", value=0.0, operator=">=", limit=0.5, where="scanner", passed=False)
     assert one_check(verdict, "top1_by_device") == expected
 
@@ -656,7 +656,7 @@ def test_a_slice_with_few_images_is_listed_and_not_judged() -> None:
 @pytest.mark.parametrize("column", ["label", "device"])
 def test_nothing_to_judge_fails(column: str) -> None:
     limit = {"min_count": 101, "min_top1": 0.0, "max_regression": 1.0}
-    assert failed(full(), slices={column: limit}) == [f"top1_by_{column}", f"regression_by_{column}"]
+    assert failures(full(), slices={column: limit}) == [f"top1_by_{column}", f"regression_by_{column}"]
 
 
 def test_a_class_without_any_image_fails() -> None:
@@ -671,19 +671,19 @@ def test_a_class_without_any_image_fails() -> None:
 
 
 def test_a_column_that_the_predictions_lack_fails() -> None:
-    names = failed(full(), slices={"site": {"min_count": 1, "min_top1": 0.0, "max_regression": 1.0}})
+    names = failures(full(), slices={"site": {"min_count": 1, "min_top1": 0.0, "max_regression": 1.0}})
     assert names == ["top1_by_site", "regression_by_site"]
-    assert failed(full(), slices={"site": {"min_count": 1, "min_top1": 0.0}}) == ["top1_by_site"]
+    assert failures(full(), slices={"site": {"min_count": 1, "min_top1": 0.0}}) == ["top1_by_site"]
 
 
 def test_a_missing_value_is_no_slice() -> None:
     """Up to schema 3 it was one, and could be the only one that was judged."""
     some = with_table(lambda cells: [row.__setitem__(3, "") for row in cells[1:] if row[3] == "phone"])
-    assert "" not in [entry.value for entry in judged(some).slices["device"]]
-    assert failed(some) == []
+    assert "" not in [entry.value for entry in judge(some).slices["device"]]
+    assert failures(some) == []
     all_of_them = with_table(lambda cells: [row.__setitem__(3, "") for row in cells[1:]])
-    assert judged(all_of_them).slices["device"] == []
-    assert "top1_by_device" in failed(all_of_them)
+    assert judge(all_of_them).slices["device"] == []
+    assert "top1_by_device" in failures(all_of_them)
     before = gate(all_of_them, config.Gate.model_validate(LIMITS), CLASSES, missing_is_a_slice=True)
     assert [entry.value for entry in before.slices["device"]] == [""]
 
@@ -696,18 +696,18 @@ def parts_of_test(cells: list[list[str]]) -> None:
 
 
 def test_what_is_new_in_test_is_told_apart_and_judged_only_where_that_is_asked_for() -> None:
-    assert judged(full()).test_parts == []
+    assert judge(full()).test_parts == []
     given = with_table(parts_of_test)
-    frozen, new = judged(given).test_parts
+    frozen, new = judge(given).test_parts
     assert (frozen.value, frozen.images, new.value, new.images) == ("frozen", 120, "new", 80)
     wrong = sum(index % 50 >= 30 for index in OURS)
     assert (new.top1, frozen.top1) == (1 - wrong / 80, 1 - (len(OURS) - wrong) / 120)
     assert new.difference is not None
     assert new.difference.wins == sum(index % 50 >= 30 for index in set(THEIRS) - set(OURS))
-    assert failed(given) == []
+    assert failures(given) == []
     limit = {"min_count": 50, "min_top1": 0.95}
-    assert failed(given, slices={"test_part": limit}) == ["top1_by_test_part"]
-    assert one_check(judged(given, slices={"test_part": limit}), "top1_by_test_part").where == "frozen"
+    assert failures(given, slices={"test_part": limit}) == ["top1_by_test_part"]
+    assert one_check(judge(given, slices={"test_part": limit}), "top1_by_test_part").where == "frozen"
 
 
 def test_balanced_accuracy_is_counted_from_the_predictions_and_judged_if_it_has_a_limit() -> None:
@@ -716,15 +716,15 @@ def test_balanced_accuracy_is_counted_from_the_predictions_and_judged_if_it_has_
     for name in CLASSES[1:]:
         cells += [[name, name, name]] * 36 + [[name, "cat", name]] * 12
     given = evidence_of(text(cells))
-    assert "balanced_accuracy" not in {one.name for one in judged(given).checks}
-    found = one_check(judged(given, min_balanced_accuracy=0.8125), "balanced_accuracy")
+    assert "balanced_accuracy" not in {one.name for one in judge(given).checks}
+    found = one_check(judge(given, min_balanced_accuracy=0.8125), "balanced_accuracy")
     assert (found.value, found.passed) == (0.8125, True)
-    assert "balanced_accuracy" in failed(given, min_balanced_accuracy=0.8126)
+    assert "balanced_accuracy" in failures(given, min_balanced_accuracy=0.8126)
 
 
 @pytest.mark.parametrize("cells", [[["actual", "predicted", "champion"]], [["cat"], ["cat"]], table()[:101]])
 def test_without_an_image_of_each_class_there_is_no_balanced_accuracy(cells: list[list[str]]) -> None:
-    found = one_check(judged(evidence_of(text(cells)), min_balanced_accuracy=0), "balanced_accuracy")
+    found = one_check(judge(evidence_of(text(cells)), min_balanced_accuracy=0), "balanced_accuracy")
     assert (found.value, found.passed) == (None, False)
 
 
@@ -734,7 +734,7 @@ def test_a_label_that_is_no_class_counts_all_the_same() -> None:
             row[0] = "emu"
 
     given = with_table(relabel)
-    assert "emu" in [one.value for one in judged(given).slices["label"]]
+    assert "emu" in [one.value for one in judge(given).slices["label"]]
     verdict = gate(given, config.Gate.model_validate(LIMITS | {"min_balanced_accuracy": 0.9}), CLASSES[1:])
     right = sum(index not in OURS for index in range(50, 200))
     assert one_check(verdict, "balanced_accuracy").value == pytest.approx(right / 200)
@@ -761,7 +761,7 @@ def with_classes(ours: object, theirs: object) -> Evidence:
     ],
 )
 def test_other_classes_than_the_champion_has_are_told(ours: object, theirs: object, change: Any, says: str) -> None:
-    verdict = judged(with_classes(ours, theirs))
+    verdict = judge(with_classes(ours, theirs))
     assert (verdict.class_change and (verdict.class_change.added, verdict.class_change.removed)) == change
     assert sentence(verdict).endswith(says)
 
@@ -790,14 +790,14 @@ def remedy(verdict: Verdict, name: str) -> str:
 
 
 def test_every_check_has_its_own_meaning_and_every_column_the_same() -> None:
-    meanings = {one.name: meaning for one, meaning, _ in explain(judged(full()))}
+    meanings = {one.name: meaning for one, meaning, _ in explain(judge(full()))}
     assert meanings["top1_drop"] == "top-1 lost against the fine-tuned fp32 model"
     assert [meanings[name] for name in BY_COLUMN[:2]] == [meanings[name] for name in BY_COLUMN[2:]]
     assert len(set(meanings.values())) == len(CHECKS) - 2
 
 
 def test_what_there_is_to_spare() -> None:
-    verdict = judged(with_value(990, *LAST, "size_bytes"))
+    verdict = judge(with_value(990, *LAST, "size_bytes"))
     assert remedy(verdict, "size_bytes") == "10 to spare"
     assert remedy(verdict, "model_sha256") == ""
 
@@ -818,12 +818,12 @@ def test_what_there_is_to_spare() -> None:
     ],
 )
 def test_a_failed_check_says_what_would_pass(given: Evidence, name: str, says: str) -> None:
-    assert remedy(judged(given), name).startswith(says)
+    assert remedy(judge(given), name).startswith(says)
 
 
 def test_a_check_that_somebody_wrote_is_explained_too() -> None:
     odd = Check(name="top1", value="high", operator=">=", limit=0.9, passed=False)
-    ((_, _, said),) = explain(judged(full()).model_copy(update={"checks": (odd,)}))
+    ((_, _, said),) = explain(judge(full()).model_copy(update={"checks": (odd,)}))
     assert said == "run the pipeline again, so that what is judged is what was measured"
 
 
@@ -838,14 +838,14 @@ def test_a_check_that_somebody_wrote_is_explained_too() -> None:
 )
 def test_so_many_more_images_right_pass_and_one_less_does_not(theirs: tuple[int, ...], margin: float) -> None:
     """With one less it is refused, whichever they are: those that the champion has right, or both have wrong."""
-    verdict = judged(evidence_of(text(table(theirs=theirs))), champion={"margin": margin})
+    verdict = judge(evidence_of(text(table(theirs=theirs))), champion={"margin": margin})
     words = remedy(verdict, "top1_vs_champion").split()
     assert words[1:7] == ["more", "of", "200", "images", "right,", "those"]
     lost, both = sorted(set(OURS) - set(theirs)), sorted(set(OURS) & set(theirs))
 
     def passes(count: int, order: list[int]) -> bool:
         given = evidence_of(text(table(ours=set(OURS) - set(order[:count]), theirs=theirs)))
-        return bool(one_check(judged(given, champion={"margin": margin}), "top1_vs_champion").passed)
+        return bool(one_check(judge(given, champion={"margin": margin}), "top1_vs_champion").passed)
 
     count = int(words[0])
     assert 0 < count <= len(OURS)
@@ -857,7 +857,7 @@ def test_so_many_more_images_right_pass_and_one_less_does_not(theirs: tuple[int,
 
 def test_all_images_right_may_be_just_enough() -> None:
     def said(margin: float) -> str:
-        verdict = judged(evidence_of(text(table(ours=(0, 1, 2), theirs=()))), champion={"margin": margin})
+        verdict = judge(evidence_of(text(table(ours=(0, 1, 2), theirs=()))), champion={"margin": margin})
         return remedy(verdict, "top1_vs_champion")
 
     assert said(0.02).startswith("3 more of 200 images right, those first that the champion has right; or more test")
@@ -866,7 +866,7 @@ def test_all_images_right_may_be_just_enough() -> None:
 
 def test_where_no_image_more_would_help() -> None:
     """Ours is right everywhere and so is the champion but for one: 200 images cannot make sure of a millionth."""
-    verdict = judged(evidence_of(text(table(ours=(), theirs=()))), champion={"margin": 1e-6})
+    verdict = judge(evidence_of(text(table(ours=(), theirs=()))), champion={"margin": 1e-6})
     assert remedy(verdict, "top1_vs_champion") == "a wider margin than 1e-06, or more test images than 200"
 
 
@@ -880,7 +880,7 @@ def shipped(networks: Callable[[str], Network], tmp_path_factory: pytest.TempPat
     return path
 
 
-def prepared(repository: Repository, shipped: Path, **limits: Any) -> dict[str, Any]:
+def prepare(repository: Repository, shipped: Path, **limits: Any) -> dict[str, Any]:
     """A report that fits the files in the repository, and the files."""
     repository.params(gate=LIMITS | {"slices": {"label": LIMITS["slices"]["label"]}} | limits)
     model, reports = repository.model("reduce"), repository.report("benchmark").parent
@@ -902,7 +902,7 @@ def prepared(repository: Repository, shipped: Path, **limits: Any) -> dict[str, 
 
 
 def test_the_stage_passes_the_model_that_was_weighed(repository: Repository, shipped: Path) -> None:
-    content = prepared(repository, shipped)
+    content = prepare(repository, shipped)
     done = repository.run("gate")
     assert (done.returncode, done.stderr) == (0, "")
     verdict: Any = Verdict.model_validate_json(repository.report("gate").read_text())
@@ -945,7 +945,7 @@ def damage(repository: Repository) -> None:
 def test_a_refusal_is_a_verdict_and_no_error(
     repository: Repository, shipped: Path, change: Any, names: set[str]
 ) -> None:
-    prepared(repository, shipped)
+    prepare(repository, shipped)
     change(repository)
     done = repository.run("gate")
     assert (done.returncode, done.stderr) == (0, "")
@@ -959,7 +959,7 @@ def test_a_refusal_is_a_verdict_and_no_error(
 
 def test_a_champion_of_another_version_is_refused(repository: Repository, shipped: Path) -> None:
     """The one that the benchmark weighed has left production meanwhile."""
-    prepared(repository, shipped)
+    prepare(repository, shipped)
     record = repository.root / "data/champion/champion.json"
     record.write_text(json.dumps(full().champion | {"version": "v4", "model_sha256": MODEL}))
     repository.run("gate")
@@ -972,7 +972,7 @@ def test_a_champion_of_another_version_is_refused(repository: Repository, shippe
 def test_evidence_that_cannot_be_read_is_an_error(
     repository: Repository, shipped: Path, name: str, content: str | None, said: str
 ) -> None:
-    prepared(repository, shipped)
+    prepare(repository, shipped)
     path = repository.root / "data" / name
     path.unlink() if content is None else path.write_text(content)
     assert f"data/{name} {said}" in repository.sentence("gate")
@@ -984,7 +984,7 @@ def test_evidence_that_cannot_be_read_is_an_error(
     ["reports/predictions.csv", "reports/golden.npz", "models/reduce/model.onnx", "models/reduce/model.onnx.zst"],
 )
 def test_a_file_that_is_missing_is_an_error(repository: Repository, shipped: Path, name: str) -> None:
-    prepared(repository, shipped)
+    prepare(repository, shipped)
     (repository.root / "data" / name).unlink()
     done = repository.run("gate")
     assert done.returncode == 1
@@ -993,7 +993,7 @@ def test_a_file_that_is_missing_is_an_error(repository: Repository, shipped: Pat
 
 
 def test_the_evidence_is_what_lies_here(repository: Repository, shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = prepared(repository, shipped)
+    content = prepare(repository, shipped)
     monkeypatch.chdir(repository.root)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     found = evidence(config.load().benchmark)
@@ -1009,7 +1009,7 @@ def recorded(repository: Repository, shipped: Path, monkeypatch: pytest.MonkeyPa
 
     def write(parts: dict[str, Any] | None = None, infra: Any = None, **limits: Any) -> Verdict:
         if not repository.model("reduce").exists():
-            prepared(repository, shipped, **limits)
+            prepare(repository, shipped, **limits)
         params = config.load()
         found = evidence(params.benchmark)
         verdict = gate(found._replace(infra=infra or found.infra), params.gate, config.class_names(params))
@@ -1066,9 +1066,9 @@ def test_what_is_no_verdict_of_this_version_is_an_error(tmp_path: Path, content:
     path.write_text(content)
     with pytest.raises(StageError, match="is no verdict of this version of Weighin: `weighin run` makes one"):
         read(path)
-    whole = judged(full()).to_json()
+    whole = judge(full()).to_json()
     path.write_text(json.dumps(whole))
-    assert read(path) == judged(full())
+    assert read(path) == judge(full())
     path.write_text(json.dumps(whole | {"schema_version": 2}))
     with pytest.raises(StageError, match="is no verdict of this version"):
         read(path)

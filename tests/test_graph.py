@@ -41,7 +41,7 @@ def answer(model: onnx.ModelProto, image: Array) -> Array:
     return result
 
 
-def folded(fold: Callable[[onnx.ModelProto], None], model: onnx.ModelProto) -> list[str]:
+def fold_weights(fold: Callable[[onnx.ModelProto], None], model: onnx.ModelProto) -> list[str]:
     """The operators left after folding, which must not change what the model answers."""
     shape = [dim.dim_value or 2 for dim in model.graph.input[0].type.tensor_type.shape.dim]
     image = np.random.default_rng(1).normal(size=shape).astype(np.float32)
@@ -77,7 +77,7 @@ def mean(axes: list[int], shape: tuple[int, ...] = (2, 3, 7, 9), **options: Any)
 
 @pytest.mark.parametrize("axes", [[2, 3], [-1, -2], [3, 2]])
 def test_a_mean_over_height_and_width_is_a_pool(axes: list[int]) -> None:
-    assert folded(graph.pool_means, mean(axes)) == ["GlobalAveragePool"]
+    assert fold_weights(graph.pool_means, mean(axes)) == ["GlobalAveragePool"]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_mean_over_height_and_width_is_a_pool(axes: list[int]) -> None:
     ids=["without keepdims", "other axes", "one axis", "three dimensions", "five dimensions"],
 )
 def test_other_means_stay(model: onnx.ModelProto) -> None:
-    assert folded(graph.pool_means, model) == ["ReduceMean"]
+    assert fold_weights(graph.pool_means, model) == ["ReduceMean"]
 
 
 def reshape(target: list[int], shape: tuple[int, ...] = (2, 3, 7, 9)) -> onnx.ModelProto:
@@ -95,13 +95,13 @@ def reshape(target: list[int], shape: tuple[int, ...] = (2, 3, 7, 9)) -> onnx.Mo
 
 def test_a_reshape_to_batch_and_features_is_a_flatten() -> None:
     model = reshape([-1, 3 * 7 * 9])
-    assert folded(graph.flatten_reshapes, model) == ["Flatten"]
+    assert fold_weights(graph.flatten_reshapes, model) == ["Flatten"]
     assert graph.attribute(model.graph.node[0], "axis", None) == 1
 
 
 @pytest.mark.parametrize("target", [[-1, 9], [-1, 3, 63], [2, -1], [-1]])
 def test_other_reshapes_stay(target: list[int]) -> None:
-    assert folded(graph.flatten_reshapes, reshape(target)) == ["Reshape"]
+    assert fold_weights(graph.flatten_reshapes, reshape(target)) == ["Reshape"]
 
 
 def test_strip_leaves_only_what_a_runtime_reads() -> None:
@@ -114,7 +114,7 @@ def test_strip_leaves_only_what_a_runtime_reads() -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.zeros(100), "unused"))
     assert model.graph.value_info
     before = model.ByteSize()
-    assert folded(graph.strip, model) == ["Relu", "Conv"]
+    assert fold_weights(graph.strip, model) == ["Relu", "Conv"]
     assert before - model.ByteSize() > 500
     assert sorted(graph.initializers(model)) == ["weight"]
     assert not model.metadata_props
@@ -123,7 +123,7 @@ def test_strip_leaves_only_what_a_runtime_reads() -> None:
     assert b"trace" not in model.SerializeToString()
 
 
-def counted() -> onnx.ModelProto:
+def counted_network() -> onnx.ModelProto:
     nodes = [
         helper.make_node("Conv", ["image", "dense", "bias"], ["a"], strides=[2, 2]),  # 4 x 3 x 4
         helper.make_node("Conv", ["a", "depthwise"], ["b"], group=4, pads=[1] * 4),
@@ -145,11 +145,11 @@ def counted() -> onnx.ModelProto:
 
 def test_parameters_are_weights_and_biases() -> None:
     sizes = 4 * 27 + 4 + 4 * 9 + 6 * 48 + 6 + 6 * 5
-    assert graph.parameters(counted()) == (sizes, sizes - 27 - 6)
+    assert graph.parameters(counted_network()) == (sizes, sizes - 27 - 6)
 
 
 def test_macs_are_those_by_hand() -> None:
-    assert graph.macs(counted()) == 4 * 27 * (3 * 4) + 4 * 9 * (3 * 4) + 6 * 48 + 6 * 5
+    assert graph.macs(counted_network()) == 4 * 27 * (3 * 4) + 4 * 9 * (3 * 4) + 6 * 48 + 6 * 5
 
 
 def test_macs_of_a_matrix_product_count_its_rows() -> None:

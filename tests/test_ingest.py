@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pictures import CLASSES, MAX_SIDE, SPLITS, encoded, folder, ingested, noise, parameters, put, refusal
+from pictures import CLASSES, MAX_SIDE, SPLITS, encode, folder, ingest_all, noise, parameters, put, refusal
 from PIL import Image
 from ruamel.yaml import YAML
 
@@ -44,15 +44,15 @@ def idx(root: Path, count: int = 40, side: int = 8, gzipped: bool = False, class
 
 
 FORMATS: dict[str, Callable[[], bytes]] = {
-    "gray.png": lambda: encoded(noise(1, 9, 12)),
-    "colour.jpg": lambda: encoded(noise(2, 20, 30, 3), "JPEG"),
-    "colour.JPEG": lambda: encoded(noise(3, 8, 8, 3), "JPEG"),
-    "alpha.png": lambda: encoded(noise(4, 10, 11, 4)),
-    "palette.png": lambda: encoded(noise(5, 16, 17, 3).quantize(16)),
-    "plain.bmp": lambda: encoded(noise(6, 7, 5, 3), "BMP"),
-    "lossy.webp": lambda: encoded(noise(7, 33, 21, 3), "WEBP"),
-    "scan.tiff": lambda: encoded(noise(8, 14, 13), "TIFF"),
-    "deep/under/scan.tif": lambda: encoded(noise(9, 6, 6, 3), "TIFF", compression="tiff_lzw"),
+    "gray.png": lambda: encode(noise(1, 9, 12)),
+    "colour.jpg": lambda: encode(noise(2, 20, 30, 3), "JPEG"),
+    "colour.JPEG": lambda: encode(noise(3, 8, 8, 3), "JPEG"),
+    "alpha.png": lambda: encode(noise(4, 10, 11, 4)),
+    "palette.png": lambda: encode(noise(5, 16, 17, 3).quantize(16)),
+    "plain.bmp": lambda: encode(noise(6, 7, 5, 3), "BMP"),
+    "lossy.webp": lambda: encode(noise(7, 33, 21, 3), "WEBP"),
+    "scan.tiff": lambda: encode(noise(8, 14, 13), "TIFF"),
+    "deep/under/scan.tif": lambda: encode(noise(9, 6, 6, 3), "TIFF", compression="tiff_lzw"),
 }
 
 
@@ -62,7 +62,7 @@ def test_a_folder_of_mixed_formats(tmp_path: Path) -> None:
         put(source / "cat" / name, make())
     put(source / "cat/notes.txt", b"no image")
     put(source / "README", b"no class")
-    manifest, splits = ingested(parameters(source), tmp_path / "out")
+    manifest, splits = ingest_all(parameters(source), tmp_path / "out")
     assert len(manifest) == 40 + len(FORMATS)
     assert manifest["readable"].all()
     assert manifest["reason"].isna().all()
@@ -85,9 +85,9 @@ def test_exif_orientation_is_applied_before_size_and_pixels(tmp_path: Path) -> N
     source, upright = folder(tmp_path / "in"), noise(1, 10, 20, 3)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
-    put(source / "cat/turned.png", encoded(upright.transpose(Image.Transpose.ROTATE_90), exif=exif))
-    put(source / "cat/upright.png", encoded(upright))
-    manifest, _ = ingested(parameters(source), tmp_path / "out")
+    put(source / "cat/turned.png", encode(upright.transpose(Image.Transpose.ROTATE_90), exif=exif))
+    put(source / "cat/upright.png", encode(upright))
+    manifest, _ = ingest_all(parameters(source), tmp_path / "out")
     turned, plain = manifest.loc["cat/turned.png"], manifest.loc["cat/upright.png"]
     assert (turned["width"], turned["height"]) == (20, 10)
     assert turned["pixels_sha256"] == plain["pixels_sha256"]
@@ -96,8 +96,8 @@ def test_exif_orientation_is_applied_before_size_and_pixels(tmp_path: Path) -> N
 
 def test_mean_and_std_are_those_of_the_pixels(tmp_path: Path) -> None:
     source = folder(tmp_path / "in")
-    put(source / "cat/blank.png", encoded(Image.new("L", (8, 8), 77)))
-    manifest, _ = ingested(parameters(source), tmp_path / "out")
+    put(source / "cat/blank.png", encode(Image.new("L", (8, 8), 77)))
+    manifest, _ = ingest_all(parameters(source), tmp_path / "out")
     assert tuple(manifest.loc["cat/blank.png", ["mean", "std"]]) == (77.0, 0.0)
     expected = np.asarray(noise(0, 8, 8))
     assert manifest.loc["cat/000.png", "std"] == pytest.approx(expected.std())
@@ -105,7 +105,7 @@ def test_mean_and_std_are_those_of_the_pixels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gzipped", [False, True])
 def test_idx_files(tmp_path: Path, gzipped: bool) -> None:
-    manifest, splits = ingested(parameters(idx(tmp_path / "in", gzipped=gzipped), "idx"), tmp_path / "out")
+    manifest, splits = ingest_all(parameters(idx(tmp_path / "in", gzipped=gzipped), "idx"), tmp_path / "out")
     assert manifest["label"].tolist() == ["cat", "dog"] * 20
     pixels = np.random.default_rng(0).integers(0, 256, 40 * 64, dtype=np.uint8).reshape(40, 8, 8)
     for row in pd.concat(splits.values()).itertuples():
@@ -115,27 +115,27 @@ def test_idx_files(tmp_path: Path, gzipped: bool) -> None:
 
 @pytest.mark.parametrize("struct", [False, True])
 def test_parquet_files(tmp_path: Path, struct: bool) -> None:
-    images = [encoded(noise(index, 8, 8)) for index in range(40)]
+    images = [encode(noise(index, 8, 8)) for index in range(40)]
     column = [{"bytes": image, "path": "x.png"} for image in images] if struct else images
     for part, rows in (("a/0.parquet", slice(0, 25)), ("b/0.parquet", slice(25, 40))):
         (tmp_path / "in" / part).parent.mkdir(parents=True)
         labels = [CLASSES[index % 2] for index in range(40)][rows]
         pq.write_table(pa.table({"image": column[rows], "label": labels, "id": labels}), tmp_path / "in" / part)
-    manifest, splits = ingested(parameters(tmp_path / "in", "parquet"), tmp_path / "out")
+    manifest, splits = ingest_all(parameters(tmp_path / "in", "parquet"), tmp_path / "out")
     assert list(manifest.index[[0, 24, 25]]) == ["a/0.parquet#0", "a/0.parquet#24", "b/0.parquet#0"]
     assert manifest["sha256"].tolist() == [hashlib.sha256(image).hexdigest() for image in images]
     assert {image for split in splits.values() for image in split["image"]} == set(images)
 
 
 def test_one_parquet_file_is_a_source_too(tmp_path: Path) -> None:
-    images = [encoded(noise(index, 8, 8)) for index in range(40)]
+    images = [encode(noise(index, 8, 8)) for index in range(40)]
     pq.write_table(pa.table({"image": images, "label": list(CLASSES) * 20}), tmp_path / "in.parquet")
-    manifest, _ = ingested(parameters(tmp_path / "in.parquet", "parquet"), tmp_path / "out")
+    manifest, _ = ingest_all(parameters(tmp_path / "in.parquet", "parquet"), tmp_path / "out")
     assert manifest.index[0] == "in.parquet#0"
 
 
 def test_every_split_has_its_share_of_every_class(tmp_path: Path) -> None:
-    manifest, splits = ingested(parameters(folder(tmp_path / "in", per_class=50)), tmp_path / "out")
+    manifest, splits = ingest_all(parameters(folder(tmp_path / "in", per_class=50)), tmp_path / "out")
     for label in CLASSES:
         counts = manifest[manifest["label"] == label]["split"].value_counts().to_dict()
         assert counts == {"train": 35, "test": 10, "val": 5}
@@ -145,7 +145,7 @@ def test_every_split_has_its_share_of_every_class(tmp_path: Path) -> None:
 def test_the_seed_alone_decides_the_split(tmp_path: Path) -> None:
     source = folder(tmp_path / "in", per_class=50)
     for name, seed in (("one", 1), ("again", 1), ("two", 2)):
-        ingested(parameters(source, seed=seed), tmp_path / name)
+        ingest_all(parameters(source, seed=seed), tmp_path / name)
     for name in (*SPLITS, "manifest"):
         one, again, two = ((tmp_path / run / f"{name}.parquet").read_bytes() for run in ("one", "again", "two"))
         assert one == again
@@ -156,10 +156,10 @@ def test_the_same_pixels_end_in_one_split_whatever_their_file_or_label(tmp_path:
     source = folder(tmp_path / "in")
     for index in range(20):
         image = noise(index, 8, 8)  # the pixels of cat/<index>.png
-        put(source / f"cat/copy-{index:03}.png", encoded(image))
-        put(source / f"dog/copy-{index:03}.bmp", encoded(image.convert("RGB"), "BMP"))
-        put(source / f"dog/copy-{index:03}.tiff", encoded(image, "TIFF"))
-    manifest, _ = ingested(parameters(source), tmp_path / "out")
+        put(source / f"cat/copy-{index:03}.png", encode(image))
+        put(source / f"dog/copy-{index:03}.bmp", encode(image.convert("RGB"), "BMP"))
+        put(source / f"dog/copy-{index:03}.tiff", encode(image, "TIFF"))
+    manifest, _ = ingest_all(parameters(source), tmp_path / "out")
     copies = manifest.groupby("pixels_sha256")["split"]
     assert sorted(copies.size()) == [1] * 20 + [4] * 20
     assert (copies.nunique() == 1).all()
@@ -169,8 +169,8 @@ def test_the_same_pixels_end_in_one_split_whatever_their_file_or_label(tmp_path:
 DAMAGED: dict[str, bytes] = {
     "empty.png": b"",
     "text.jpg": b"this is no image",
-    "cut.png": encoded(noise(1, 64, 64))[:2000],
-    "cut.jpg": encoded(noise(1, 64, 64, 3), "JPEG")[:1500],
+    "cut.png": encode(noise(1, 64, 64))[:2000],
+    "cut.jpg": encode(noise(1, 64, 64, 3), "JPEG")[:1500],
     "other.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
 }
 
@@ -179,7 +179,7 @@ def test_damaged_images_are_quarantined_with_a_reason(tmp_path: Path) -> None:
     source = folder(tmp_path / "in")
     for name, data in DAMAGED.items():
         put(source / "dog" / name, data)
-    manifest, splits = ingested(parameters(source, max_corrupt_fraction=0.12), tmp_path / "out")
+    manifest, splits = ingest_all(parameters(source, max_corrupt_fraction=0.12), tmp_path / "out")
     bad = manifest[~manifest["readable"]]
     assert set(bad.index) == {f"dog/{name}" for name in DAMAGED}
     assert bad["reason"].str.len().gt(0).all()
@@ -245,7 +245,7 @@ def change(path: Path, edit: Callable[[bytes], bytes]) -> None:
     path.write_bytes(edit(path.read_bytes()))
 
 
-def flipped(data: bytes) -> bytes:
+def flip(data: bytes) -> bytes:
     """A gzip file with one pixel changed and the old checksum."""
     content = bytearray(gzip.decompress(data))
     content[-1] ^= 1
@@ -267,7 +267,7 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
         (LABELS, lambda data: data[:-1] + b"\x02", "label 2 at 39 has no name: classes lists 2"),
         (f"{IMAGES}.gz", lambda data: data[: len(data) // 2], "is damaged"),
         (f"{IMAGES}.gz", lambda data: data[:10] + b"\xff" + data[11:], "is damaged: Error -3"),
-        (f"{IMAGES}.gz", flipped, "is damaged: CRC check failed"),
+        (f"{IMAGES}.gz", flip, "is damaged: CRC check failed"),
         (f"{IMAGES}.gz", gzip.decompress, "is damaged: Not a gzipped file"),
     ],
 )
@@ -312,7 +312,7 @@ def metadata(source: Path, rows: dict[str, tuple[str, str]]) -> None:
     put(source / "metadata.csv", "\n".join(lines).encode() + b"\n")
 
 
-def carried(manifest: pd.DataFrame, tables: dict[str, pd.DataFrame], outputs: Path, names: list[str]) -> None:
+def check_columns(manifest: pd.DataFrame, tables: dict[str, pd.DataFrame], outputs: Path, names: list[str]) -> None:
     """Splits and `splits.columns` have of each image what the manifest has, and nothing else is new."""
     for name, rows in tables.items():
         part = ["test_part"] if name == "test" else []
@@ -334,7 +334,7 @@ def test_columns_of_metadata_csv_go_with_the_images_of_a_folder(tmp_path: Path) 
     known |= {"cat/bad.png": ("ölhaut", "north"), "cat/003.png": ("", "south"), "dog/none.png": ("gone", "gone")}
     del known["dog/007.png"]
     metadata(source, known)
-    manifest, splits = ingested(
+    manifest, splits = ingest_all(
         parameters(source, columns=["site", "device"], max_unmatched_fraction=0.03), tmp_path / "out"
     )
     assert list(manifest.columns[-2:]) == ["site", "device"]
@@ -345,14 +345,14 @@ def test_columns_of_metadata_csv_go_with_the_images_of_a_folder(tmp_path: Path) 
     assert manifest.loc[["dog/007.png", "cat/003.png"], "device"].isna().all()
     assert manifest.loc[["dog/007.png", "cat/000.png"], "site"].isna().all()
     assert not manifest.loc["cat/bad.png", "readable"]
-    carried(manifest, splits, tmp_path / "out", ["site", "device"])
+    check_columns(manifest, splits, tmp_path / "out", ["site", "device"])
 
 
 def test_a_byte_order_mark_and_a_short_row_are_read(tmp_path: Path) -> None:
     source = folder(tmp_path / "in")
     put(source / "metadata.csv", b"\xef\xbb\xbffile_name,device\r\ncat/000.png,phone\r\ncat/001.png\r\n")
     params = parameters(source, columns=["device"], max_unmatched_fraction=1)
-    manifest, _ = ingested(params, tmp_path / "out")
+    manifest, _ = ingest_all(params, tmp_path / "out")
     assert manifest.loc["cat/000.png", "device"] == "phone"
     assert manifest["device"].notna().sum() == 1
 
@@ -360,8 +360,8 @@ def test_a_byte_order_mark_and_a_short_row_are_read(tmp_path: Path) -> None:
 def test_without_columns_metadata_csv_is_a_file_like_any_other(tmp_path: Path) -> None:
     source = folder(tmp_path / "in")
     put(source / "metadata.csv", b"\xff")
-    manifest, splits = ingested(parameters(source), tmp_path / "out")
-    carried(manifest, splits, tmp_path / "out", [])
+    manifest, splits = ingest_all(parameters(source), tmp_path / "out")
+    check_columns(manifest, splits, tmp_path / "out", [])
 
 
 def test_columns_of_parquet_go_with_its_rows_as_text(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_columns_of_parquet_go_with_its_rows_as_text(tmp_path: Path) -> None:
     for part, first in (("a", 0), ("b", 20)):
         span = range(first, first + 20)
         content = {
-            "image": [encoded(noise(index, 8, 8)) for index in span],
+            "image": [encode(noise(index, 8, 8)) for index in span],
             "label": [CLASSES[index % 2] for index in span],
             "other": list(span),
             "device": [None if index == 7 else f"phone-{index % 3}" for index in span],
@@ -378,10 +378,10 @@ def test_columns_of_parquet_go_with_its_rows_as_text(tmp_path: Path) -> None:
         }
         pq.write_table(pa.table(content), tmp_path / "in" / f"{part}.parquet")
     names = ["year", "device", "night"]
-    manifest, splits = ingested(parameters(tmp_path / "in", "parquet", columns=names), tmp_path / "out")
+    manifest, splits = ingest_all(parameters(tmp_path / "in", "parquet", columns=names), tmp_path / "out")
     assert manifest.loc["b.parquet#3", names].tolist() == ["2023", "phone-2", "False"]  # type: ignore[operator]
     assert manifest.loc["a.parquet#7", names].fillna("").tolist() == ["2007", "", "False"]  # type: ignore[operator]
-    carried(manifest, splits, tmp_path / "out", names)
+    check_columns(manifest, splits, tmp_path / "out", names)
 
 
 @pytest.mark.parametrize(
@@ -507,20 +507,20 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path, kind: str) -> None:
     values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
-    row = describe(Item("a", "cat", encoded(Image.fromarray(values), kind)), parameters(Path("in")), MAX_SIDE)
+    row = describe(Item("a", "cat", encode(Image.fromarray(values), kind)), parameters(Path("in")), MAX_SIDE)
     assert (row["readable"], row["mode"][:4]) == (True, "I;16")
     assert row["mean"] == pytest.approx((values >> 8).mean())
 
 
 def test_pixels_of_unknown_range_are_quarantined() -> None:
-    image = encoded(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF")
+    image = encode(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF")
     row = describe(Item("a", "cat", image), parameters(Path("in")), MAX_SIDE)
     assert row["readable"] is False
     assert "mode F, whose range is not known" in row["reason"]
 
 
 def test_a_damaged_exif_block_is_a_reason_not_a_crash() -> None:
-    image = encoded(noise(0, 8, 8), exif=b"MM\0*\0\0")
+    image = encode(noise(0, 8, 8), exif=b"MM\0*\0\0")
     row = describe(Item("a", "cat", image), parameters(Path("in")), MAX_SIDE)
     assert row["readable"] is False
     assert row["reason"]

@@ -29,13 +29,13 @@ def scenario(
     return made[request.param]
 
 
-def named(value: object) -> str:
+def name_of(value: object) -> str:
     if isinstance(value, tuple):
         return f"{value[0]}{', shared' if value[1] else ''}"
     return getattr(value, "__name__", str(value))
 
 
-@pytest.mark.parametrize("scenario", crash.QUICK, indirect=True, ids=named)
+@pytest.mark.parametrize("scenario", crash.QUICK, indirect=True, ids=name_of)
 def test_killed_at_any_step_it_is_finished_by_the_next_run(scenario: Scenario, tmp_path: Path) -> None:
     calls, writes = crash.QUICK[scenario.kind]
     kills = [*crash.at_steps(scenario, calls, writes), *crash.inside(scenario, SEED, 1)]
@@ -48,13 +48,13 @@ def test_killed_at_any_step_it_is_finished_by_the_next_run(scenario: Scenario, t
     ("scenario", "spoil"),
     [((name, shared), spoil) for name, shared, spoil in SPECIAL],
     indirect=["scenario"],
-    ids=named,
+    ids=name_of,
 )
 def test_what_a_kill_within_git_leaves_is_mended(scenario: Scenario, spoil: crash.Spoil, tmp_path: Path) -> None:
     assert crash.recover(scenario, tmp_path / "case", spoil).wrong == ()
 
 
-@pytest.mark.parametrize("scenario", [("promotion", True)], indirect=True, ids=named)
+@pytest.mark.parametrize("scenario", [("promotion", True)], indirect=True, ids=name_of)
 def test_a_kill_between_push_and_fetch_leaves_the_new_state_there_and_so_here(
     scenario: Scenario, tmp_path: Path
 ) -> None:

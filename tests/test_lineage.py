@@ -23,17 +23,17 @@ def ledger(tmp_path_factory: pytest.TempPathFactory, own_git: None) -> Iterator[
     """v0.1.0; v0.2.0, warmed from it; v0.3.0, warmed from that, with another image; a refusal; a rollback."""
     made = Ledger.begin(tmp_path_factory.mktemp("lineage") / "project")
     made.decide(1)
-    made.decide(2, weights=warmed(made, "v0.1.0"))
+    made.decide(2, weights=warm_start(made, "v0.1.0"))
     made.write("data/raw/cat/new.png", png(99, 8))
     made.prepare()
     made.commit("Another image")
-    made.decide(3, weights=warmed(made, "v0.2.0"))
+    made.decide(3, weights=warm_start(made, "v0.2.0"))
     made.decide(4, wrong=150)
     opened(made.root).roll_back(None, "wrong at night")
     yield made
 
 
-def warmed(ledger: Ledger, version: str) -> dict[str, str]:
+def warm_start(ledger: Ledger, version: str) -> dict[str, str]:
     sha256 = output(ledger, f"{MODEL}@{version}", paths.weights("finetune").as_posix())["digest"]["sha256"]
     return {"source": "production", "model": MODEL, "version": version, "sha256": sha256}
 

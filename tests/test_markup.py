@@ -33,13 +33,13 @@ FINETUNED = dict.fromkeys(Measurements.model_fields, 1) | {
 }  # fmt: skip
 
 
-def decided(name: str) -> dict[str, Any]:
+def decision(name: str) -> dict[str, Any]:
     told = sentence(verdict(name))
     return {"stages": {"finetune": FINETUNED}, "champion": None, "verdict": told, "outcome": "refused",
             "model": name, "version": None, "recorded": True}  # fmt: skip
 
 
-def reproduced(name: str) -> Result:
+def reproduction(name: str) -> Result:
     one = Comparison("finetune", name, "0", "1")
     return Result(False, [name], 0.5, 0.5, 0.0, [one])
 
@@ -47,11 +47,11 @@ def reproduced(name: str) -> Result:
 STEP = {"version": "v0.1.0", "created": "", "commit": "", "code": {"dirty": False, "commit": ""}, "model_sha256": "",
         "data_sha256": ""}  # fmt: skip
 SHOWN: dict[str, Callable[[str], None]] = {
-    "run": lambda name: terminal.run(decided(name)),
+    "run": lambda name: terminal.run(decision(name)),
     "status": lambda name: terminal.status({"model": name, "production": None, "latest": None}),
     "gate": lambda name: terminal.verdict(verdict(name)),
     "audit": lambda name: terminal.audit(Report(findings=[Finding(name, name, name, name, "record")])),
-    "reproduce": lambda name: terminal.reproduction(reproduced(name)),
+    "reproduce": lambda name: terminal.reproduction(reproduction(name)),
     "lineage of a version": lambda name: terminal.origins([STEP | {"weights": {"path": name}, "sources": {name: "0"}}]),
     "lineage of a file": lambda name: terminal.uses(
         [{"decision": "a", "outcome": "b", "path": name, "split": "c", "pixels_sha256": ""}]

@@ -37,7 +37,7 @@ def signs(codes: Codes) -> Codes:
     return np.where(codes < 0, -77, 77).astype(np.int8)
 
 
-def shared(codes: Codes) -> Codes:
+def spread(codes: Codes) -> Codes:
     """Codes far apart, as a codebook leaves them."""
     return (codes // 20 * 20).astype(np.int8)
 
@@ -55,10 +55,10 @@ def as_it_is(codes: Codes) -> Codes:
     return codes
 
 
-KINDS = (as_it_is, few, fewer, signs, shared, sparse, sparse_and_shared)
+KINDS = (as_it_is, few, fewer, signs, spread, sparse, sparse_and_shared)
 
 
-def recoded(model: onnx.ModelProto, kind: Callable[[Codes], Codes]) -> onnx.ModelProto:
+def recode(model: onnx.ModelProto, kind: Callable[[Codes], Codes]) -> onnx.ModelProto:
     """The model with other codes in every int8 weight."""
     made = onnx.ModelProto()
     made.CopyFrom(model)
@@ -83,7 +83,7 @@ def constants(model: onnx.ModelProto) -> list[tuple[tuple[int, ...], bytes]]:
     [*((name, few) for name in MASKED), *(("mobilenetv2_050", kind) for kind in KINDS if kind is not few)],
 )
 def test_a_packed_network_gives_the_same_bits(networks: Networks, name: str, kind: Callable[[Codes], Codes]) -> None:
-    plain = recoded(reduce.reduce(networks(name).quantized)[0], kind)
+    plain = recode(reduce.reduce(networks(name).quantized)[0], kind)
     packed = packing.pack(plain)
     onnx.checker.check_model(packed, full_check=True)
     assert packed.ByteSize() < plain.ByteSize()
@@ -167,7 +167,7 @@ def test_nothing_but_operators_of_every_runtime(networks: Networks) -> None:
     plain = reduce.reduce(networks("mobilenetv2_050").quantized)[0]
     used: set[str] = set()
     for kind in KINDS:
-        used |= {node.op_type for node in packing.pack(recoded(plain, kind)).graph.node}
+        used |= {node.op_type for node in packing.pack(recode(plain, kind)).graph.node}
     own = {node.op_type for node in plain.graph.node}
     portable = {"BitShift", "BitwiseAnd", "Cast", "Concat", "ConstantOfShape", "CumSum", "Gather", "Reshape"}
     assert used - own <= portable | {"ScatterElements", "Split", "Sub"}
@@ -176,7 +176,7 @@ def test_nothing_but_operators_of_every_runtime(networks: Networks) -> None:
 @pytest.mark.parametrize("optimize", [True, False])
 def test_a_wrong_unpacking_is_caught_by_the_proof(networks: Networks, tmp_path: Path, optimize: bool) -> None:
     network = networks("lenet-5")
-    plain = recoded(reduce.reduce(network.quantized)[0], shared)
+    plain = recode(reduce.reduce(network.quantized)[0], spread)
     packed = packing.pack(plain)
     tensor = next(one for one in packed.graph.initializer if one.data_type == TensorProto.UINT8 and len(one.dims))
     values: Any = numpy_helper.to_array(tensor).copy()

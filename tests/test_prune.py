@@ -60,7 +60,7 @@ def parameters(**kinds: Any) -> config.Prune:
     return config.Prune.model_validate(kinds)
 
 
-def described(name: str, size: int) -> Spec:
+def spec_of(name: str, size: int) -> Spec:
     return Spec(backbone=name, classes=CLASSES, preprocessing=backbone.preprocessing(name, size), weights={})
 
 
@@ -99,7 +99,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params["prune"] = {"channels": CHANNELS, "weights": {"sparsity": 0.3}, "recovery": RECOVERY}
     with (root / "params.yaml").open("w") as file:
         yaml.dump(params, file)
-    spec = described("mlp", 8)
+    spec = spec_of("mlp", 8)
     training.make_deterministic(0)
     net = backbone.create("mlp", 10, spec.preprocessing)
     train, val = (
@@ -120,7 +120,7 @@ def teacher(repository: Path) -> tuple[nn.Module, Spec]:
     return backbone.load(folder / "model.safetensors", folder / "model.json")
 
 
-def pruned(repository: Path, checkpoint: Path, net: nn.Module, spec: Spec, **kinds: Any) -> prune.Pruned:
+def run_prune(repository: Path, checkpoint: Path, net: nn.Module, spec: Spec, **kinds: Any) -> prune.Pruned:
     prepared = repository / "data/prepared"
     training.make_deterministic(0)
     return prune.prune(net, spec, parameters(**kinds), prepared / "train.parquet", prepared / "val.parquet", checkpoint)
@@ -260,7 +260,7 @@ def test_grouped_convolutions_stay_as_they_are() -> None:
 def test_a_network_that_cannot_be_masked(repository: Path, tmp_path: Path, name: str) -> None:
     net, _ = network(name, 32)
     with pytest.raises(StageError, match=r"^prune\.channels does not know this backbone's structure: [^\n]+$"):
-        pruned(repository, tmp_path / "checkpoint.pt", net, described(name, 32), channels=CHANNELS)
+        run_prune(repository, tmp_path / "checkpoint.pt", net, spec_of(name, 32), channels=CHANNELS)
 
 
 def test_channels_that_do_not_add_up_are_refused_before_recovery(repository: Path) -> None:
@@ -280,7 +280,7 @@ def test_channels_that_do_not_add_up_are_refused_before_recovery(repository: Pat
 
 
 def test_the_least_missed_blocks_become_identities(repository: Path, tmp_path: Path) -> None:
-    net, spec = network("mobilenetv2_050", 32)[0], described("mobilenetv2_050", 32)
+    net, spec = network("mobilenetv2_050", 32)[0], spec_of("mobilenetv2_050", 32)
     val = training.Images(repository / "data/prepared/val.parquet", spec.preprocessing, CLASSES)
     _, before = training.evaluate(net, val)
     increases = {}
@@ -290,7 +290,7 @@ def test_the_least_missed_blocks_become_identities(repository: Path, tmp_path: P
             for parameter in without.get_submodule(name).parameters():
                 parameter.zero_()
         increases[name] = training.evaluate(without, val)[1] - before
-    full, plan, history = pruned(repository, tmp_path / "checkpoint.pt", net, spec, blocks={"remove": 2})
+    full, plan, history = run_prune(repository, tmp_path / "checkpoint.pt", net, spec, blocks={"remove": 2})
     assert (plan.channels, plan.weights, history) == ({}, {}, [])
     assert [block.name for block in plan.blocks] == sorted(increases, key=lambda name: increases[name])[:2]
     for block in plan.blocks:
@@ -304,7 +304,7 @@ def test_the_least_missed_blocks_become_identities(repository: Path, tmp_path: P
     assert all(torch.equal(full.get_parameter(name), parameter) for name, parameter in kept.items())
 
 
-def weighted(name: str, size: int, factors: dict[int, float]) -> tuple[nn.Module, list[str]]:
+def weighted_network(name: str, size: int, factors: dict[int, float]) -> tuple[nn.Module, list[str]]:
     """A network in which the weights of some of its residual blocks, by number, are scaled; and all their names."""
     net, images = network(name, size)
     blocks = masks.residual_blocks(net, images)
@@ -319,7 +319,7 @@ def weighted(name: str, size: int, factors: dict[int, float]) -> tuple[nn.Module
 def test_blocks_under_the_threshold_become_identities_and_no_others(
     name: str, repository: Path, tmp_path: Path
 ) -> None:
-    net, blocks = weighted(name, 32, {1: 0.01, 3: 1e-4})
+    net, blocks = weighted_network(name, 32, {1: 0.01, 3: 1e-4})
     means = {}
     for block in blocks:
         module = net.get_submodule(block)
@@ -328,7 +328,7 @@ def test_blocks_under_the_threshold_become_identities_and_no_others(
     scores = {block: mean / max(means.values()) for block, mean in means.items()}
     threshold = (sorted(scores.values())[2] + sorted(scores.values())[3]) / 2  # three go
     expected = [block for block in blocks if scores[block] < threshold]
-    full, plan, _ = pruned(repository, tmp_path / "one.pt", net, described(name, 32), blocks={"threshold": threshold})
+    full, plan, _ = run_prune(repository, tmp_path / "one.pt", net, spec_of(name, 32), blocks={"threshold": threshold})
     assert {blocks[1], blocks[3]} < set(expected)
     assert [block.name for block in plan.blocks] == expected
     assert plan.block_scores == pytest.approx(scores)
@@ -339,9 +339,9 @@ def test_blocks_under_the_threshold_become_identities_and_no_others(
 
 
 def test_blocks_under_the_threshold_leave_the_file_and_no_logit_changes(repository: Path, tmp_path: Path) -> None:
-    net, blocks = weighted("mobilenetv2_050", 32, {1: 0.01, 3: 0.01})
-    spec, prepared = described("mobilenetv2_050", 32), repository / "data/prepared"
-    found = pruned(repository, tmp_path / "one.pt", net, spec, blocks={"threshold": 0.05})[0]
+    net, blocks = weighted_network("mobilenetv2_050", 32, {1: 0.01, 3: 0.01})
+    spec, prepared = spec_of("mobilenetv2_050", 32), repository / "data/prepared"
+    found = run_prune(repository, tmp_path / "one.pt", net, spec, blocks={"threshold": 0.05})[0]
     export(found, spec, tmp_path / "pruned.onnx")
     params = config.Quantize(calibration_images=64, percentile=99.99)
     images = quantize.calibration_images(prepared / "train.parquet", CLASSES, 64)
@@ -357,15 +357,15 @@ def test_blocks_under_the_threshold_leave_the_file_and_no_logit_changes(reposito
 def test_with_no_block_under_the_threshold_the_network_stays_and_the_stage_says_so(
     repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    net, _ = weighted("mobilenetv2_050", 32, {})
-    spec = described("mobilenetv2_050", 32)
-    full, plan, _ = pruned(repository, tmp_path / "one.pt", net, spec, blocks={"threshold": 0.01})
+    net, _ = weighted_network("mobilenetv2_050", 32, {})
+    spec = spec_of("mobilenetv2_050", 32)
+    full, plan, _ = run_prune(repository, tmp_path / "one.pt", net, spec, blocks={"threshold": 0.01})
     assert (plan.blocks, len(plan.block_scores or {})) == ([], 10)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), full.parameters(), strict=True))
     lowest = min((plan.block_scores or {}).values())
     says = f"no residual block is under prune.blocks.threshold 0.01: the lowest of 10 is {lowest:.3f}\n"
     assert capsys.readouterr().out == says
-    _, plan, _ = pruned(repository, tmp_path / "two.pt", *teacher(repository), blocks={"threshold": 0.99})
+    _, plan, _ = run_prune(repository, tmp_path / "two.pt", *teacher(repository), blocks={"threshold": 0.99})
     assert (plan.blocks, plan.block_scores) == ([], {})
     says = "no residual block is under prune.blocks.threshold 0.99: this backbone has none\n"
     assert capsys.readouterr().out == says
@@ -373,16 +373,16 @@ def test_with_no_block_under_the_threshold_the_network_stays_and_the_stage_says_
 
 def test_blocks_that_are_zero_already_go(repository: Path, tmp_path: Path) -> None:
     """As those of a compressed model that another one starts from."""
-    net, blocks = weighted("mobilenetv2_050", 32, dict.fromkeys(range(10), 0.0))
-    spec = described("mobilenetv2_050", 32)
-    _, plan, _ = pruned(repository, tmp_path / "one.pt", net, spec, blocks={"threshold": 0.01})
+    net, blocks = weighted_network("mobilenetv2_050", 32, dict.fromkeys(range(10), 0.0))
+    spec = spec_of("mobilenetv2_050", 32)
+    _, plan, _ = run_prune(repository, tmp_path / "one.pt", net, spec, blocks={"threshold": 0.01})
     assert plan.blocks == [Block(name=block, score=0.0) for block in blocks]
 
 
 def test_more_blocks_than_there_are(repository: Path, tmp_path: Path) -> None:
     net, spec = teacher(repository)
     with pytest.raises(StageError) as caught:
-        pruned(repository, tmp_path / "checkpoint.pt", net, spec, blocks={"remove": 1})
+        run_prune(repository, tmp_path / "checkpoint.pt", net, spec, blocks={"remove": 1})
     assert str(caught.value) == "prune.blocks.remove is 1, but this backbone has 0 residual blocks"
 
 
@@ -483,8 +483,8 @@ def test_the_bias_of_the_head_is_free() -> None:
 def test_recovery_brings_accuracy_back_under_the_masks(repository: Path, tmp_path: Path) -> None:
     net, spec = teacher(repository)
     kinds = {"channels": {"ratio": 0.75, "multiple": 16}, "weights": {"threshold": 0.1}}
-    raw, plan, none = pruned(repository, tmp_path / "none.pt", net, spec, **kinds)
-    full, same_plan, history = pruned(repository, tmp_path / "checkpoint.pt", net, spec, **kinds, recovery=RECOVERY)
+    raw, plan, none = run_prune(repository, tmp_path / "none.pt", net, spec, **kinds)
+    full, same_plan, history = run_prune(repository, tmp_path / "checkpoint.pt", net, spec, **kinds, recovery=RECOVERY)
     assert (none, len(history)) == ([], 3)
     assert same_plan == plan
     assert len(plan.channels["1"]["out"]) == 96
@@ -558,12 +558,12 @@ def test_without_a_share_the_teacher_is_not_asked(repository: Path, tmp_path: Pa
 
 def test_nothing_to_prune_is_the_same_network(repository: Path, tmp_path: Path) -> None:
     net, spec = teacher(repository)
-    full, plan, history = pruned(repository, tmp_path / "checkpoint.pt", net, spec)
+    full, plan, history = run_prune(repository, tmp_path / "checkpoint.pt", net, spec)
     assert (plan, history) == (Plan(), [])
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), full.state_dict().values(), strict=True))
 
 
-def surveyed(net: nn.Module, images: Tensor, head: str) -> tuple[allocation.Network, list[Any]]:
+def survey(net: nn.Module, images: Tensor, head: str) -> tuple[allocation.Network, list[Any]]:
     _, groups = masks.channel_groups(net, images[:2], head)
     effects = dict.fromkeys(masks.residual_blocks(net, images[:2]), 1.0)
     scores = [torch.ones(len(group[0].idxs)) for group in groups]
@@ -598,7 +598,7 @@ def test_taylor_scores_are_the_squared_slope_of_the_loss_along_each_channel(name
 
 def test_a_network_is_surveyed_whole() -> None:
     net, images = network("mobilenetv2_050", 64)
-    found, groups = surveyed(net, images, backbone.head(net))
+    found, groups = survey(net, images, backbone.head(net))
     layers = {layer.name: layer for layer in found.layers}
     modules = {name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     assert set(layers) == modules | {"input"} | {f"{block} sum" for block in found.blocks}
@@ -616,10 +616,10 @@ def test_a_network_is_surveyed_whole() -> None:
     assert layers["classifier"].writes is None
 
 
-def compressed(repository: Path, checkpoint: Path, **budget: Any) -> prune.Pruned:
+def run_compress(repository: Path, checkpoint: Path, **budget: Any) -> prune.Pruned:
     net, spec = teacher(repository)
     example = torch.rand(2, 1, 8, 8)
-    points = allocation.points_to_measure(surveyed(net, example, "3")[0])
+    points = allocation.points_to_measure(survey(net, example, "3")[0])
     table = {point: 1e-6 * point[1] * point[2] for point in points}
     params = parameters(recovery=RECOVERY)
     prepared = repository / "data/prepared"
@@ -640,9 +640,7 @@ def test_the_plan_names_the_channels_that_went_as_the_teacher_numbers_them(repos
     net, spec = teacher(repository)
     slim, example = copy.deepcopy(net), torch.rand(2, 1, 8, 8)
     train = training.Images(repository / "data/prepared/train.parquet", spec.preprocessing, CLASSES)
-    table = {
-        point: 1e-6 * point[1] * point[2] for point in allocation.points_to_measure(surveyed(net, example, "3")[0])
-    }
+    table = {point: 1e-6 * point[1] * point[2] for point in allocation.points_to_measure(survey(net, example, "3")[0])}
     *_, whole = prune.survey_channels(copy.deepcopy(net), {}, train, example, "3")
     plan = prune.prune_to_limits(
         slim,
@@ -660,7 +658,7 @@ def test_the_plan_names_the_channels_that_went_as_the_teacher_numbers_them(repos
 
 
 def test_a_budget_is_met_by_the_file_that_comes_out(repository: Path, tmp_path: Path) -> None:
-    found = compressed(repository, tmp_path / "checkpoint.pt", max_size_bytes=6000)
+    found = run_compress(repository, tmp_path / "checkpoint.pt", max_size_bytes=6000)
     (group,) = found.plan.groups
     assert group.kept in range(16, 128, 16)
     spec = teacher(repository)[1]
@@ -678,14 +676,14 @@ def test_a_budget_is_met_by_the_file_that_comes_out(repository: Path, tmp_path: 
 
 def test_a_budget_that_cannot_be_met_is_told_with_the_nearest_that_can(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError) as told:
-        compressed(repository, tmp_path / "one.pt", max_size_bytes=500)
+        run_compress(repository, tmp_path / "one.pt", max_size_bytes=500)
     text = str(told.value)
     assert text.startswith(
         "no network was found for compress in params.yaml (max_size_bytes 500): the nearest that holds"
     )
     offer = {name: float(value) for name, value in re.findall(r"(max_\w+) ([\d.e-]+)", text.split("has", 1)[1])}
     assert set(offer) == {"max_size_bytes", "max_latency_ms", "max_top1_drop"}
-    found = compressed(repository, tmp_path / "two.pt", **offer | {"max_size_bytes": int(offer["max_size_bytes"])})
+    found = run_compress(repository, tmp_path / "two.pt", **offer | {"max_size_bytes": int(offer["max_size_bytes"])})
     assert [group.kept for group in found.plan.groups] == [16]
 
 
@@ -695,7 +693,7 @@ def test_a_drop_that_is_the_limit_itself_holds(
     """0.9 - 0.89 is 0.010000000000000009."""
     found = iter([(0.9, 1.0)])
     monkeypatch.setattr(training, "evaluate", lambda *_: next(found, (0.89, 1.0)))
-    assert compressed(repository, tmp_path / "one.pt", max_top1_drop=0.01, max_size_bytes=6000).plan.groups
+    assert run_compress(repository, tmp_path / "one.pt", max_top1_drop=0.01, max_size_bytes=6000).plan.groups
 
 
 def test_an_offered_drop_is_rounded_up() -> None:
@@ -725,7 +723,7 @@ def test_an_accuracy_that_a_budget_cannot_hold_is_told_with_the_nearest_that_hol
     repository: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(StageError, match=r"no network was found .* the nearest that holds has max_size_bytes") as told:
-        compressed(repository, tmp_path / "one.pt", max_size_bytes=3200, max_top1_drop=0.0)
+        run_compress(repository, tmp_path / "one.pt", max_size_bytes=3200, max_top1_drop=0.0)
     size = int(re.search(r"has max_size_bytes (\d+)", str(told.value)).group(1))  # type: ignore[union-attr]
     assert size > 3200
 
@@ -736,7 +734,7 @@ def test_with_an_accuracy_alone_the_smallest_that_holds_it_is_found(repository: 
     reference = training.evaluate(net, val)[0]
     kept = {}
     for drop in (0.01, 0.2):
-        found = compressed(repository, tmp_path / f"{drop}.pt", max_top1_drop=drop)
+        found = run_compress(repository, tmp_path / f"{drop}.pt", max_top1_drop=drop)
         assert training.evaluate(found.net, val)[0] >= reference - drop
         kept[drop] = found.plan.groups[0].kept
     assert kept[0.2] <= kept[0.01] < 128

@@ -270,7 +270,7 @@ def test_a_factor_for_which_a_bias_is_too_large_is_refused(
     networks: Networks, images: list[bytes], tmp_path: Path
 ) -> None:
     network = networks("lenet-5")
-    path = poisoned(network, 1, 1e4, tmp_path / "model.onnx")
+    path = poison(network, 1, 1e4, tmp_path / "model.onnx")
     with pytest.raises(StageError) as caught:
         quantize(path, images, network.preprocessing, by_factor(1e6))
     assert str(caught.value) == "quantize.factor 1e+06 makes 0.bias too large for int32: lower it"
@@ -323,7 +323,7 @@ def test_too_few_images_are_refused(tmp_path: Path) -> None:
         calibration_images(tmp_path / "train.parquet", CLASSES, 512)
 
 
-def poisoned(network: Network, position: int, value: float, path: Path) -> Path:
+def poison(network: Network, position: int, value: float, path: Path) -> Path:
     model = onnx.load(network.path)
     tensor = [one for one in model.graph.initializer if one.data_type == onnx.TensorProto.FLOAT][position]
     values = numpy_helper.to_array(tensor).copy()
@@ -339,7 +339,7 @@ def test_weights_that_are_not_finite_are_refused(
     position: int, value: float, networks: Networks, images: list[bytes], tmp_path: Path
 ) -> None:
     network = networks("lenet-5")
-    path = poisoned(network, position, value, tmp_path / "model.onnx")
+    path = poison(network, position, value, tmp_path / "model.onnx")
     with pytest.raises(StageError, match="finite"):
         quantize(path, images, network.preprocessing, CALIBRATION)
 
@@ -406,7 +406,7 @@ def test_layers_that_are_left_in_float(
     assert len(float_layers(tmp_path / "mixed.onnx")) == len(kept)
 
 
-def prepared(repository: Repository, source: Path, train: int = 70, float32: Sequence[str] = ()) -> None:
+def prepare(repository: Repository, source: Path, train: int = 70, float32: Sequence[str] = ()) -> None:
     path = repository.root / "data/models/prune/plan.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"float32": float32}))
@@ -418,7 +418,7 @@ def prepared(repository: Repository, source: Path, train: int = 70, float32: Seq
 
 def test_the_stage_leaves_the_model_and_its_numbers(repository: Repository, networks: Networks) -> None:
     network = networks("lenet-5")
-    prepared(repository, network.path)
+    prepare(repository, network.path)
     repository.split("test", []).write_bytes(b"whoever reads this fails")
     done = repository.run("quantize")
     assert (done.returncode, done.stderr) == (0, "")
@@ -454,7 +454,7 @@ def test_the_layer_that_int8_harms_most_is_listed_first(networks: Networks, imag
 
 
 def test_the_stage_shares_codes_where_it_is_asked_to(repository: Repository, networks: Networks) -> None:
-    prepared(repository, networks("lenet-5").path)
+    prepare(repository, networks("lenet-5").path)
     sizes = {}
     for levels in (None, 8):
         repository.params(quantize={"calibration_images": 64, "codebook": levels})
@@ -472,7 +472,7 @@ def test_the_stage_shares_codes_where_it_is_asked_to(repository: Repository, net
 
 def test_the_stage_leaves_in_float_what_the_plan_says(repository: Repository, networks: Networks) -> None:
     network = networks("mobilenetv2_050")
-    prepared(repository, network.path, float32=FRONT)
+    prepare(repository, network.path, float32=FRONT)
     done = repository.run("quantize")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"faster in float32 on the device, and left so: {', '.join(FRONT)}" in done.stdout
@@ -482,7 +482,7 @@ def test_the_stage_leaves_in_float_what_the_plan_says(repository: Repository, ne
 
 def test_the_stage_tells_what_a_factor_loses(repository: Repository, networks: Networks) -> None:
     network = networks("lenet-5")
-    prepared(repository, network.path)
+    prepare(repository, network.path)
     repository.params(quantize={"calibration_images": 64, "factor": 100})
     done = repository.run("quantize")
     assert (done.returncode, done.stderr) == (0, "")
@@ -499,7 +499,7 @@ def test_the_stage_tells_what_a_factor_loses(repository: Repository, networks: N
 
 
 def test_the_stage_needs_images_to_calibrate_on(repository: Repository, networks: Networks) -> None:
-    prepared(repository, networks("lenet-5").path, train=31)
+    prepare(repository, networks("lenet-5").path, train=31)
     said = repository.sentence("quantize")
     assert said == "data/prepared/train.parquet has 31 images: calibration needs at least 32"
 
@@ -507,7 +507,7 @@ def test_the_stage_needs_images_to_calibrate_on(repository: Repository, networks
 def test_the_stage_refuses_a_model_with_nan_and_keeps_its_last_output(
     repository: Repository, networks: Networks, tmp_path: Path
 ) -> None:
-    prepared(repository, poisoned(networks("lenet-5"), 2, np.nan, tmp_path / "nan.onnx"))
+    prepare(repository, poison(networks("lenet-5"), 2, np.nan, tmp_path / "nan.onnx"))
     repository.model("quantize").write_bytes(b"the last good model")
     assert "data/models/prune/model.onnx cannot be calibrated" in repository.sentence("quantize")
     assert repository.model("quantize").read_bytes() == b"the last good model"
@@ -524,7 +524,7 @@ def test_the_stage_refuses_a_model_that_stays_in_float(repository: Repository, n
     model.graph.node.insert(0, level)
     path = repository.root / "float.onnx"
     onnx.save(model, path)
-    prepared(repository, path)
+    prepare(repository, path)
     assert "data/models/quantize/model.onnx still computes in float: Conv of " in repository.sentence("quantize")
     assert not repository.model("quantize").exists()
 

@@ -28,7 +28,7 @@ def record(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return open_record(request.param, tmp_path / request.param)
 
 
-def audited(root: Path) -> Report:
+def run_audit(root: Path) -> Report:
     return audit(root, NAME, ALL, working_copy=False)
 
 
@@ -70,7 +70,7 @@ def lay_challenger(root: Path, seed: int) -> None:
 
 
 def test_what_was_recorded_then_holds_today(record: Path) -> None:
-    report = audited(record)
+    report = run_audit(record)
     assert report.damage == []
     assert report.unjudged == 0
     lacking = {one.file for one in report.unchecked}
@@ -87,7 +87,7 @@ def test_it_goes_back_to_another_version(record: Path) -> None:
     decision = opened(record, NAME).roll_back(target, "wrong at night")
     assert (decision.outcome, decision.version) == ("rolled-back", target)
     assert decision.replaces == production.decision.version
-    report = audited(record)
+    report = run_audit(record)
     assert report.damage == []
     now = look(record, NAME).standing
     assert now.production and now.production.decision.version == target
@@ -104,10 +104,10 @@ def test_a_challenger_of_today_faces_its_champion_and_is_promoted(record: Path) 
     assert decision.replaces == before.production.decision.version
     champion = json.loads((record / paths.CHAMPION_RECORD).read_text())
     assert champion["model_sha256"] == before.production.decision.model_sha256
-    assert audited(record).damage == []
+    assert run_audit(record).damage == []
     back = opened(record, NAME).roll_back(None, "worse than before")
     assert back.version == before.production.decision.version
-    assert audited(record).damage == []
+    assert run_audit(record).damage == []
 
 
 def test_it_shows_the_lineage_of_each_version(record: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_first_day_that_was_tampered_with_is_found(tmp_path: Path) -> None:
     cached = next(path for path in sorted((root / ".dvc/cache/files/md5").rglob("*")) if path.is_file())
     cached.chmod(0o644)
     cached.write_bytes(cached.read_bytes()[:-1] + b"?")
-    assert [one.scope for one in audited(root).damage] == ["artifact"] * len(audited(root).damage) != []
+    assert [one.scope for one in run_audit(root).damage] == ["artifact"] * len(run_audit(root).damage) != []
 
 
 def test_unsigned_decisions_have_no_say_once_a_key_is_trusted(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_unsigned_decisions_have_no_say_once_a_key_is_trusted(tmp_path: Path) ->
     keys.current(root, datetime.now(UTC), lambda _: None, first=True)
     with pytest.raises(RegistryError, match=r"does not hold: the commit is not signed"):
         look(root, NAME)
-    assert [one.file for one in audited(root).damage] == ["the commit's signature"] * 3
+    assert [one.file for one in run_audit(root).damage] == ["the commit's signature"] * 3
 
 
 def test_a_first_day_says_that_it_cannot_be_made_again(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def project(begun: Ledger, tmp_path: Path) -> Ledger:
     return Ledger(shutil.copytree(begun.root, tmp_path / "project"))
 
 
-def laid(project: Ledger) -> dict[str, str]:
+def laid_splits(project: Ledger) -> dict[str, str]:
     return by_split(splits.read(project.root / paths.KNOWN_SPLITS))
 
 
@@ -47,21 +47,21 @@ def lay(project: Ledger, other: str | None = None, *, is_current: bool = False) 
     return opened(project.root).lay_splits(other, is_current=is_current)
 
 
-def audited(project: Ledger) -> Report:
+def run_audit(project: Ledger) -> Report:
     return audit(project.root, "classifier", ALL)
 
 
 def test_without_any_decision_nothing_is_known(tmp_path: Path) -> None:
     project = Ledger.begin(tmp_path / "project")
     assert lay(project)
-    assert laid(project) == {}
+    assert laid_splits(project) == {}
 
 
 def test_ingest_gets_what_the_newest_run_knew(project: Ledger) -> None:
     project.know(**{A: "train", B: "test", C: "val"})
     project.decide(2, wrong=150)  # a refusal has used its images, too
     assert lay(project)
-    assert laid(project) == {A: "train", B: "test", C: "val"}
+    assert laid_splits(project) == {A: "train", B: "test", C: "val"}
 
 
 def test_a_rollback_forgets_no_image(project: Ledger) -> None:
@@ -69,7 +69,7 @@ def test_a_rollback_forgets_no_image(project: Ledger) -> None:
     project.decide(2, wrong=5)
     opened(project.root).roll_back(None, "it fails in the field")
     lay(project)
-    assert laid(project) == {A: "train", B: "test", C: "val"}
+    assert laid_splits(project) == {A: "train", B: "test", C: "val"}
 
 
 def test_an_ingest_that_is_current_and_knows_all_need_not_run(project: Ledger) -> None:
@@ -84,7 +84,7 @@ def test_an_ingest_that_is_current_and_lacks_an_image_runs_again(project: Ledger
     assert lay(project, is_current=True)
     project.know(**{A: "train", B: "train"})
     assert lay(project, is_current=True)
-    assert laid(project) == {A: "train", B: "test"}
+    assert laid_splits(project) == {A: "train", B: "test"}
 
 
 def test_images_of_the_model_that_training_starts_with_count_too(project: Ledger) -> None:
@@ -92,10 +92,10 @@ def test_images_of_the_model_that_training_starts_with_count_too(project: Ledger
     project.know(**{B: "train", C: "train"})
     project.decide(5, name="ancestor")
     assert lay(project, "ancestor")
-    assert laid(project) == {A: "train", B: "excluded", C: "train"}
+    assert laid_splits(project) == {A: "train", B: "excluded", C: "train"}
     project.params()
     lay(project)
-    assert laid(project) == {A: "train", B: "test"}
+    assert laid_splits(project) == {A: "train", B: "test"}
 
 
 def test_an_older_decision_is_known_by_its_manifest(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_an_older_decision_is_known_by_its_manifest(tmp_path: Path) -> None:
     (project.root / paths.LEDGER).unlink()
     project.decide(1)
     lay(project)
-    assert laid(project) == {A: "train"}
+    assert laid_splits(project) == {A: "train"}
 
 
 def test_a_ledger_that_cannot_be_had_stops_the_run_by_name(project: Ledger) -> None:
@@ -133,11 +133,11 @@ def test_a_run_that_did_not_know_the_splits_is_not_recorded(project: Ledger, now
 
 
 def test_an_audit_of_all_finds_an_image_that_moved(project: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert audited(project).damage == []
+    assert run_audit(project).damage == []
     project.know(**{A: "test", B: "test"})
     monkeypatch.setattr("flows.registry.splits.require_grown", lambda *_: None)
     project.decide(2, wrong=5)
-    (found,) = audited(project).damage
+    (found,) = run_audit(project).damage
     assert (found.decision, found.file) == ("classifier@v0.2.0", "data/prepared/ledger.parquet")
     assert found.found == f"1 that are not, the first: the image with pixels {A[:12]} was in train and is in test"
 
@@ -149,11 +149,11 @@ def forget(project: Ledger, path: Path) -> None:
 
 def test_an_audit_holds_without_files_that_had_to_go_with_an_erased_image(project: Ledger) -> None:
     forget(project, paths.TRAIN)
-    assert [one.file for one in audited(project).damage] == ["data/prepared/train.parquet"]
+    assert [one.file for one in run_audit(project).damage] == ["data/prepared/train.parquet"]
     project.write(paths.TRAIN, b"others")
     project.know(**{A: "erased", B: "test"})
     project.decide(2, wrong=5)
-    report = audited(project)
+    report = run_audit(project)
     assert report.damage == []
     assert report.erased == [
         "classifier@v0.1.0: data/prepared/train.parquet is gone, and held 1 image erased on request"
@@ -167,7 +167,7 @@ def test_an_erased_image_excuses_no_other_file(project: Ledger) -> None:
         project.write(path, b"others")
     project.know(**{A: "erased", B: "test"})
     project.decide(2, wrong=5)
-    report = audited(project)
+    report = run_audit(project)
     assert [one.file for one in report.damage] == ["data/prepared/val.parquet"]
     assert len(report.erased) == 1
 
@@ -182,6 +182,6 @@ def test_what_an_earlier_run_had_excuses_nothing_of_a_later_one(project: Ledger)
     project.write(paths.TRAIN, b"of the third run")
     project.know(**{A: "erased", B: "test"})
     project.decide(3, wrong=5)
-    report = audited(project)
+    report = run_audit(project)
     assert [(one.decision, one.file) for one in report.damage] == [("classifier@v0.2.0", "data/prepared/train.parquet")]
     assert report.erased == []

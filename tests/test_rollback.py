@@ -34,23 +34,23 @@ def two(tmp_path_factory: pytest.TempPathFactory, own_git: None) -> Ledger:
 @pytest.fixture(scope="module")
 def three(two: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     """One more."""
-    made = copied(two, tmp_path_factory.mktemp("three"))
+    made = copy(two, tmp_path_factory.mktemp("three"))
     made.decide(3)
     return made
 
 
-def copied(ledger: Ledger, folder: Path) -> Ledger:
+def copy(ledger: Ledger, folder: Path) -> Ledger:
     return Ledger(shutil.copytree(ledger.root, folder / "project", symlinks=True))
 
 
 @pytest.fixture
 def ledger(two: Ledger, tmp_path: Path) -> Ledger:
-    return copied(two, tmp_path)
+    return copy(two, tmp_path)
 
 
 @pytest.fixture
 def longer(three: Ledger, tmp_path: Path) -> Ledger:
-    return copied(three, tmp_path)
+    return copy(three, tmp_path)
 
 
 @pytest.fixture

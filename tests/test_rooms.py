@@ -46,7 +46,7 @@ def room(module: str) -> str:
     return next((name for name in names if name in ALLOWED), module)
 
 
-def imported(module: str, for_checking: bool = False) -> set[str]:
+def imports_of(module: str, for_checking: bool = False) -> set[str]:
     """The modules that this one imports, in functions too; and those for type checking only, if they are asked for."""
     tree = ast.parse(MODULES[module].read_text())
     checking = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
@@ -66,20 +66,20 @@ def imported(module: str, for_checking: bool = False) -> set[str]:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_from_the_rooms_that_its_own_may_use(module: str) -> None:
     own = room(module)
-    others = {name for name in imported(module) if name.startswith(("tasks", "flows")) and room(name) != own}
+    others = {name for name in imports_of(module) if name.startswith(("tasks", "flows")) and room(name) != own}
     if own in ALLOWED:
         assert {name for name in others if room(name) not in ALLOWED[own] and name not in ALLOWED[own]} == set()
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
 def test_some_libraries_are_imported_in_a_few_places_only(library: str) -> None:
-    users = {module for module in MODULES if any(name.split(".")[0] == library for name in imported(module))}
+    users = {module for module in MODULES if any(name.split(".")[0] == library for name in imports_of(module))}
     assert {module for module in users if not any(module.startswith(place) for place in ONLY_IN[library])} == set()
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     """Imports in functions and for type checking count, too."""
-    edges = {module: imported(module, for_checking=True) & MODULES.keys() for module in MODULES}
+    edges = {module: imports_of(module, for_checking=True) & MODULES.keys() for module in MODULES}
     left = dict(edges)
     while leaves := [module for module, names in left.items() if not names & left.keys()]:
         for module in leaves:
@@ -91,5 +91,5 @@ def test_the_runtime_brings_numpy_and_onnx_runtime_only() -> None:
     standard = {"__future__", "collections", "json", "os", "pathlib", "resource", "subprocess", "sys", "time", "typing"}
     for module in MODULES:
         if module.startswith("tasks.runtime"):
-            libraries = {name.split(".")[0] for name in imported(module)} - standard
+            libraries = {name.split(".")[0] for name in imports_of(module)} - standard
             assert libraries <= {"numpy", "onnxruntime", "tasks"}, module

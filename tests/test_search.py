@@ -73,10 +73,10 @@ def first(tmp_path_factory: pytest.TempPathFactory, api: str) -> tuple[Workspace
     costs.write(root / paths.DEVICE, table(), {"threads": 1})
     workspace = Workspace(root, api)
     before = state(workspace)
-    return workspace, before, searched(workspace, "--trials", "1")
+    return workspace, before, run_search(workspace, "--trials", "1")
 
 
-def searched(workspace: Workspace, *options: str) -> Found:
+def run_search(workspace: Workspace, *options: str) -> Found:
     found: Found = json.loads(workspace.output("weighin", "search", "--json", *options))
     return found
 
@@ -177,7 +177,7 @@ def test_what_is_cut_off_is_tried_again_and_dask_goes_on_with_it(
         assert (at_work(workspace), folders(workspace)) == ([], [])
     (workspace.root / ".dvc/tmp/weighin.trial.killed/data").mkdir(parents=True)
     with cluster(workspace, tmp_path) as address:
-        resumed = searched(workspace, "--trials", "2", "--dask", address)
+        resumed = run_search(workspace, "--trials", "2", "--dask", address)
     assert resumed["study"] == found["study"]
     done, cut_off, *new = trials(workspace, found["study"])
     assert [one.state for one in (done, cut_off, *new)] == [

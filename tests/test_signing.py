@@ -87,12 +87,12 @@ def by_ssh_keygen(root: Path, key: Path, *options: str, data: bytes) -> str:
     return subprocess.run(command, cwd=root, input=data, check=True, capture_output=True).stdout.decode()  # type: ignore[arg-type]
 
 
-def flipped(data: bytes) -> Iterator[bytes]:
+def flips(data: bytes) -> Iterator[bytes]:
     for index in range(len(data)):
         yield data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :]
 
 
-def armored(begin: str, blob: bytes, end: str) -> str:
+def armor(begin: str, blob: bytes, end: str) -> str:
     return "\n".join([begin, base64.b64encode(blob).decode(), end, ""])
 
 
@@ -146,10 +146,10 @@ def test_every_changed_byte_is_found(root: Path) -> None:
     content = payload(root)
     signature = signer(root).sign_commit(content)
     trusted = keys.trusted_keys(root)
-    for changed in flipped(content):
+    for changed in flips(content):
         with pytest.raises(RegistryError, match="does not fit the commit's content"):
             signing.verify_commit(changed, signature, trusted, AT)
-    for changed in flipped(signature.encode()):
+    for changed in flips(signature.encode()):
         with pytest.raises(RegistryError):
             signing.verify_commit(content, changed.decode(), trusted, AT)
     assert not git_verifies(root, signing.join_commit(content.replace(b"good", b"food"), signature))
@@ -160,10 +160,10 @@ def test_every_changed_byte_under_the_armor_is_found(root: Path) -> None:
     begin, *lines, end, _ = signer(root).sign_commit(content).split("\n")
     trusted = keys.trusted_keys(root)
     blob = base64.b64decode("".join(lines))
-    assert signing.verify_commit(content, armored(begin, blob, end), trusted, AT)
-    for changed in (*flipped(blob), blob + b"\0", blob + bytes(4), blob[:-1], blob[:20], blob[:10], b""):
+    assert signing.verify_commit(content, armor(begin, blob, end), trusted, AT)
+    for changed in (*flips(blob), blob + b"\0", blob + bytes(4), blob[:-1], blob[:20], blob[:10], b""):
         with pytest.raises(RegistryError):
-            signing.verify_commit(content, armored(begin, changed, end), trusted, AT)
+            signing.verify_commit(content, armor(begin, changed, end), trusted, AT)
 
 
 def test_bits_that_base64_passes_over_are_found(root: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_changed_trusted_key_is_found(root: Path) -> None:
     path = root / keys.TRUSTED
     lines = path.read_bytes()
     start = lines.index(b"AAAA")
-    for index, changed in enumerate(flipped(lines)):
+    for index, changed in enumerate(flips(lines)):
         if start <= index < start + 139:  # the key's characters but the padding
             path.write_bytes(changed)
             with pytest.raises(RegistryError):
@@ -258,7 +258,7 @@ def by_model_signing(folder: Path, public_key: ec.EllipticCurvePublicKey) -> boo
     return True
 
 
-def agreed(folder: Path, public_key: ec.EllipticCurvePublicKey) -> str | None:
+def agree(folder: Path, public_key: ec.EllipticCurvePublicKey) -> str | None:
     """What is wrong with the folder, by its files and by given digests alike; model-signing says yes or no as well."""
     words: list[str | None] = []
     for check in (
@@ -289,10 +289,10 @@ def test_model_signings_command_takes_the_signature(root: Path, folder: Path) ->
 
 def test_a_signed_folder_verifies_wherever_it_lies(root: Path, folder: Path) -> None:
     key = signer(root).public_key
-    assert agreed(folder, key) is None
-    assert agreed(folder.rename(root / "elsewhere"), key) is None
+    assert agree(folder, key) is None
+    assert agree(folder.rename(root / "elsewhere"), key) is None
     signer(root).sign_folder(root / "elsewhere", root / "elsewhere/signature.json")  # over the one that lies there
-    assert agreed(root / "elsewhere", key) is None
+    assert agree(root / "elsewhere", key) is None
 
 
 def test_paths_may_be_of_both_kinds(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +301,7 @@ def test_paths_may_be_of_both_kinds(root: Path, folder: Path, monkeypatch: pytes
     made.sign_folder(Path("decision"), folder / "signature.json")
     signing.verify_folder(folder, Path("decision/signature.json"), made.public_key)
     made.sign_folder(folder, Path("decision/signature.json"))
-    assert agreed(folder, made.public_key) is None
+    assert agree(folder, made.public_key) is None
 
 
 def test_the_signature_may_lie_outside(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,29 +319,29 @@ def test_files_that_differ_are_named(root: Path, folder: Path) -> None:
     key = signer(root).public_key
     told = f"the files are not those that key {keys.fingerprint(key)} signed in {folder}/signature.json: "
     (folder / "deep/model.onnx").write_bytes(b"Model")
-    assert agreed(folder, key) == f"{told}differ: deep/model.onnx"
+    assert agree(folder, key) == f"{told}differ: deep/model.onnx"
     (folder / "deep/model.onnx").write_bytes(b"model")
     (folder / ".gitignore").write_text("all")
-    assert agreed(folder, key) == f"{told}differ: .gitignore"
+    assert agree(folder, key) == f"{told}differ: .gitignore"
     (folder / ".gitignore").rename(folder / ".gitattributes")
-    assert agreed(folder, key) == f"{told}missing: .gitignore; extra: .gitattributes"
+    assert agree(folder, key) == f"{told}missing: .gitignore; extra: .gitattributes"
     (folder / "card.md").unlink()
     (folder / "deep/model.onnx").write_bytes(b"")
     (folder / "a").write_text("card")
-    assert agreed(folder, key) == (
+    assert agree(folder, key) == (
         f"{told}differ: deep/model.onnx; missing: .gitignore, card.md; extra: .gitattributes, a"
     )
 
 
 def test_another_key_or_no_signature_is_told(root: Path, folder: Path) -> None:
     other = ec.generate_private_key(ec.SECP256R1()).public_key()
-    told = agreed(folder, other)
+    told = agree(folder, other)
     assert told is not None
     assert told.startswith(
         f"{folder}/signature.json is no signature of files by key {keys.fingerprint(other)}: Key mis"
     )
     (folder / "signature.json").unlink()
-    assert agreed(folder, other) == f"{folder}/signature.json is missing, so its files are not signed"
+    assert agree(folder, other) == f"{folder}/signature.json is missing, so its files are not signed"
 
 
 def test_a_changed_statement_or_signature_is_found(root: Path, folder: Path) -> None:
@@ -352,15 +352,15 @@ def test_a_changed_statement_or_signature_is_found(root: Path, folder: Path) -> 
     told = f"the signature by key {keys.fingerprint(key)} in {path} does not fit its content"
     statement = base64.b64decode(envelope["payload"])
     good = envelope["payload"]
-    for changed in (statement.replace(b"card.md", b"cars.md"), statement + b" ", next(flipped(statement))):
+    for changed in (statement.replace(b"card.md", b"cars.md"), statement + b" ", next(flips(statement))):
         envelope["payload"] = base64.b64encode(changed).decode()
         path.write_text(json.dumps(bundle))
-        assert agreed(folder, key) == told
+        assert agree(folder, key) == told
     envelope["payload"] = good
     number = base64.b64decode(envelope["signatures"][0]["sig"])
     envelope["signatures"][0]["sig"] = base64.b64encode(number[:-1] + bytes([number[-1] ^ 1])).decode()
     path.write_text(json.dumps(bundle))
-    assert agreed(folder, key) == told
+    assert agree(folder, key) == told
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_a_changed_statement_or_signature_is_found(root: Path, folder: Path) -> 
 )
 def test_a_file_that_is_no_signature_is_told(root: Path, folder: Path, content: bytes) -> None:
     (folder / "signature.json").write_bytes(content)
-    told = agreed(folder, signer(root).public_key)
+    told = agree(folder, signer(root).public_key)
     assert told is not None
     assert told.startswith(f"{folder}/signature.json is no signature of files by key SHA256:")
     assert "\n" not in told
@@ -380,7 +380,7 @@ def test_a_bundle_of_another_kind_is_told(root: Path, folder: Path) -> None:
     bundle = json.loads(path.read_text())
     bundle["verificationMaterial"] = {"x509CertificateChain": {"certificates": [{"rawBytes": "AAAA"}]}}
     path.write_text(json.dumps(bundle))
-    told = agreed(folder, signer(root).public_key)
+    told = agree(folder, signer(root).public_key)
     assert told is not None
     assert "is no signature of files by key" in told
 
@@ -392,7 +392,7 @@ def test_a_bundle_that_lacks_a_part_is_told(root: Path, folder: Path, gone: str)
     for part in (bundle, bundle["dsseEnvelope"], bundle["verificationMaterial"]):
         part.pop(gone, None)
     path.write_text(json.dumps(bundle))
-    told = agreed(folder, signer(root).public_key)
+    told = agree(folder, signer(root).public_key)
     assert told is not None
     assert "is no signature of files by key" in told
 

@@ -87,11 +87,11 @@ def kept(tmp_path_factory: pytest.TempPathFactory, own_git: None) -> Iterator[Pa
 @pytest.fixture
 def ledger(kept: Path) -> Ledger:
     shutil.rmtree(kept / "live")
-    shutil.copytree(kept / "kept", kept / "live", copy_function=laid)
+    shutil.copytree(kept / "kept", kept / "live", copy_function=link_or_copy)
     return Ledger(kept / "live/project")
 
 
-def laid(source: str, target: str) -> None:
+def link_or_copy(source: str, target: str) -> None:
     """Objects of git and DVC are never written again, so they need no copy."""
     if "/objects/" in source or "/files/md5/" in source:
         os.link(source, target)
@@ -267,7 +267,7 @@ def by_stranger(ledger: Ledger) -> None:
     remake(ledger, {LAST: same}, stranger(ledger.root.parent / "stranger"))
 
 
-def trusted_stranger(ledger: Ledger, number: int, edit: Edit, hidden: bool) -> None:
+def trust_stranger(ledger: Ledger, number: int, edit: Edit, hidden: bool) -> None:
     """A forger whose key has come under review as if it always had been there."""
     signer = stranger(ledger.root.parent / "stranger")
     path = ledger.root / keys.TRUSTED
@@ -282,15 +282,15 @@ def trusted_stranger(ledger: Ledger, number: int, edit: Edit, hidden: bool) -> N
 
 case("unknown-key", by_stranger, "the commit's signature", "refusal", "unknown key")
 talked = text("verdict.json", '"passed": false', '"passed": true')
-case("trusted-forger", lambda it: trusted_stranger(it, SECOND, same, False), BRANCH, said="a history without it")
+case("trusted-forger", lambda it: trust_stranger(it, SECOND, same, False), BRANCH, said="a history without it")
 case(
     "trusted-forger-hidden",
-    lambda it: trusted_stranger(it, SECOND, same, True),
+    lambda it: trust_stranger(it, SECOND, same, True),
     BRANCH,
     "remote origin",
     remote=True,
 )
-case("trusted-forger-talked", lambda it: trusted_stranger(it, LAST, talked, True), "verdict.json", "refusal")
+case("trusted-forger-talked", lambda it: trust_stranger(it, LAST, talked, True), "verdict.json", "refusal")
 
 
 def foreign_signature(ledger: Ledger) -> None:
@@ -330,7 +330,7 @@ def inside(name: str, number: int, edit: Edit, file: str, said: str = "", header
     case(f"insider-{name}", insider(number, edit, headers), file, said=said)
 
 
-def told(**changes: Any) -> Edit:
+def say(**changes: Any) -> Edit:
     """The record with some values changed."""
 
     def edit(_: Ledger, contents: Contents) -> None:
@@ -339,7 +339,7 @@ def told(**changes: Any) -> Edit:
     return edit
 
 
-def carried(name: str, change: Callable[[Any], Any]) -> Edit:
+def carry_edit(name: str, change: Callable[[Any], Any]) -> Edit:
     """A JSON file of the bundle changed in place, and everything that names it."""
 
     def edit(ledger: Ledger, contents: Contents) -> None:
@@ -402,7 +402,7 @@ case(
 )
 
 
-def talked_down(content: dict[str, Any]) -> None:
+def talk_down(content: dict[str, Any]) -> None:
     content["checks"][2]["passed"] = content["passed"] = False
 
 
@@ -411,25 +411,25 @@ def more_right(ledger: Ledger, contents: Contents) -> None:
     carry(ledger, contents, "predictions.csv", table.replace("actual,actual", "actual,predicted").encode())
 
 
-inside("verdict-talked-down", LAST, carried("verdict.json", talked_down), "verdict.json", "checks[2]")
+inside("verdict-talked-down", LAST, carry_edit("verdict.json", talk_down), "verdict.json", "checks[2]")
 inside(
     "verdict-value",
     SECOND,
-    carried("verdict.json", lambda content: content["checks"][7].update({"value": -0.5})),
+    carry_edit("verdict.json", lambda content: content["checks"][7].update({"value": -0.5})),
     "verdict.json",
     "checks[7].value",
 )
 inside(
     "verdict-slices",
     SECOND,
-    carried("verdict.json", lambda content: content["slices"]["label"][0].update({"top1": 0.1})),
+    carry_edit("verdict.json", lambda content: content["slices"]["label"][0].update({"top1": 0.1})),
     "verdict.json",
     "slices",
 )
 inside(
     "verdict-champion",
     SECOND,
-    carried("verdict.json", lambda content: content["champion"].update({"version": "v0.0.1"})),
+    carry_edit("verdict.json", lambda content: content["champion"].update({"version": "v0.0.1"})),
     "verdict.json",
     "champion",
 )
@@ -437,7 +437,7 @@ inside("predictions", LAST, more_right, "verdict.json", "checks")
 inside(
     "metrics",
     SECOND,
-    carried("metrics.json", lambda content: content["stages"]["reduce"].update({"latency_p50_ms": 9.0})),
+    carry_edit("metrics.json", lambda content: content["stages"]["reduce"].update({"latency_p50_ms": 9.0})),
     "verdict.json",
     "from its evidence",
 )
@@ -498,35 +498,37 @@ inside("provenance-other-train", SECOND, other_output(paths.TRAIN.as_posix()), p
 inside("provenance-other-test", SECOND, other_output(paths.TEST.as_posix()), "provenance.json", paths.TEST.as_posix())
 inside("provenance-other-gate", SECOND, other_output(paths.report("gate").as_posix()), "verdict.json")
 
-inside("promoted", LAST, told(outcome="promoted", version="v0.3.0", replaces="v0.1.0", failed=[]), DECISION, "promoted")
-inside("failed", LAST, told(failed=["top1"]), DECISION, "failed")
-inside("version", SECOND, told(version="v0.9.0"), DECISION, "v0.9.0")
-inside("replaces", SECOND, told(replaces=None), DECISION, "in place of None")
-inside("bootstrap", SECOND, told(bootstrap=True), DECISION, "bootstrap True")
-inside("traded", SECOND, told(traded=True), DECISION, "traded")
-inside("signer", SECOND, told(signer="SHA256:" + "A" * 43), DECISION, "SHA256:AAA")
-inside("created", SECOND, told(created="2026-01-01T00:00:00Z"), DECISION, "2026-01-01")
-inside("data", SECOND, told(data_sha256="0" * 64), "provenance.json", "0" * 64)
-inside("code-digest", SECOND, told(code_sha256="0" * 64), "tasks/", "0" * 64)
+inside("promoted", LAST, say(outcome="promoted", version="v0.3.0", replaces="v0.1.0", failed=[]), DECISION, "promoted")
+inside("failed", LAST, say(failed=["top1"]), DECISION, "failed")
+inside("version", SECOND, say(version="v0.9.0"), DECISION, "v0.9.0")
+inside("replaces", SECOND, say(replaces=None), DECISION, "in place of None")
+inside("bootstrap", SECOND, say(bootstrap=True), DECISION, "bootstrap True")
+inside("traded", SECOND, say(traded=True), DECISION, "traded")
+inside("signer", SECOND, say(signer="SHA256:" + "A" * 43), DECISION, "SHA256:AAA")
+inside("created", SECOND, say(created="2026-01-01T00:00:00Z"), DECISION, "2026-01-01")
+inside("data", SECOND, say(data_sha256="0" * 64), "provenance.json", "0" * 64)
+inside("code-digest", SECOND, say(code_sha256="0" * 64), "tasks/", "0" * 64)
 inside("code-file", SECOND, text("tasks/stage.py", "code", "edoc"), "tasks/stage.py", "as in commit")
 inside("code-file-more", SECOND, lambda _, it: it.update({"tasks/more.py": b""}), "tasks/more.py")
-inside("code-commit", SECOND, told(code={"commit": "0" * 40, "dirty": False}), f"commit {'0' * 40}", "not in this")
-inside("previous", SECOND, told(previous=None, previous_sha256=None), DECISION, "previous None")
-inside("previous-sha256", SECOND, told(previous_sha256="0" * 64), DECISION, f"previous_sha256 {'0' * 64}")
-inside("previous-half", SECOND, told(previous_sha256=None), DECISION, "previous_sha256")
-inside("model-name", SECOND, told(model="other"), DECISION)
+inside("code-commit", SECOND, say(code={"commit": "0" * 40, "dirty": False}), f"commit {'0' * 40}", "not in this")
+inside("previous", SECOND, say(previous=None, previous_sha256=None), DECISION, "previous None")
+inside("previous-sha256", SECOND, say(previous_sha256="0" * 64), DECISION, f"previous_sha256 {'0' * 64}")
+inside("previous-half", SECOND, say(previous_sha256=None), DECISION, "previous_sha256")
+inside("model-name", SECOND, say(model="other"), DECISION)
 inside("record-broken", SECOND, lambda _, it: it.update({DECISION: b"{}"}), DECISION)
-inside("champion", SECOND, carried("champion.json", lambda it: it.update({"version": None})), "champion.json")
+inside("champion", SECOND, carry_edit("champion.json", lambda it: it.update({"version": None})), "champion.json")
 inside(
     "champion-none",
     FIRST,
-    carried("champion.json", lambda it: it.update({"version": "v0.0.1", "model_sha256": "0" * 64})),
+    carry_edit("champion.json", lambda it: it.update({"version": "v0.0.1", "model_sha256": "0" * 64})),
     "champion.json",
     "nothing was in production",
 )
-inside("withdrawn", LAST, carried("champion.json", lambda it: it.update({"withdrawn": []})), "champion.json", "withdr")
-inside("rollback-nowhere", BACK, told(version="v0.7.0"), DECISION, "v0.7.0")
-inside("rollback-replaces", BACK, told(replaces="v0.1.0"), DECISION, "in place of v0.1.0")
+inside(
+    "withdrawn", LAST, carry_edit("champion.json", lambda it: it.update({"withdrawn": []})), "champion.json", "withdr"
+)
+inside("rollback-nowhere", BACK, say(version="v0.7.0"), DECISION, "v0.7.0")
+inside("rollback-replaces", BACK, say(replaces="v0.1.0"), DECISION, "in place of v0.1.0")
 inside("rollback-to-another", BACK, lambda _, it: it.update({"dvc.yaml": b"{}"}), "its files", "others")
 inside("trusted-keys", SECOND, lambda _, it: it.update({"trusted_keys": b"?"}), "trusted_keys")
 
@@ -602,7 +604,7 @@ case("moved-back-tag-left", partial(back_traces_gone, to=SECOND), f"refs/tags/{M
 case("moved-before-all", partial(back_traces_gone, to=FIRST), f"refs/tags/{VERSION}")
 
 
-def grafted(ledger: Ledger) -> None:
+def graft(ledger: Ledger) -> None:
     tip = commit(ledger, LAST)
     back(ledger)
     (ledger.root / ".git/info").mkdir(exist_ok=True)
@@ -615,7 +617,7 @@ def shallow(ledger: Ledger) -> None:
     in_place(ledger, f"{VERSION}:verdict.json", lambda data: data + b" ")
 
 
-def replaced(ledger: Ledger, name: str, change: Callable[[bytes], bytes]) -> None:
+def replace(ledger: Ledger, name: str, change: Callable[[bytes], bytes]) -> None:
     """As `git replace --edit` would leave it."""
     one = ledger.git("rev-parse", name)
     kind = ledger.git("cat-file", "-t", one)
@@ -627,18 +629,18 @@ def replaced(ledger: Ledger, name: str, change: Callable[[bytes], bytes]) -> Non
     ledger.git("replace", one, other)
 
 
-case("grafts", grafted, BRANCH, said="a history without it")
+case("grafts", graft, BRANCH, said="a history without it")
 case("shallow", shallow, "verdict.json")
-case("replace-decision", lambda it: replaced(it, f"registry:{DECISION}", refused_to_promoted), "refs/replace/")
-case("replace-commit", lambda it: replaced(it, "registry~2", lambda data: data + b"."), "refs/replace/")
+case("replace-decision", lambda it: replace(it, f"registry:{DECISION}", refused_to_promoted), "refs/replace/")
+case("replace-commit", lambda it: replace(it, "registry~2", lambda data: data + b"."), "refs/replace/")
 case(
     "replace-tag",
-    lambda it: replaced(it, VERSION, lambda data: data.replace(b"promoted", b"Promoted")),
+    lambda it: replace(it, VERSION, lambda data: data.replace(b"promoted", b"Promoted")),
     "refs/replace/",
 )
 
 
-def reordered(ledger: Ledger) -> None:
+def reorder(ledger: Ledger) -> None:
     from forgery import follow, relink, write
 
     from flows.registry import git
@@ -654,7 +656,7 @@ def reordered(ledger: Ledger) -> None:
     hide(ledger)
 
 
-case("reordered", reordered, DECISION, "refusal", "created after")
+case("reordered", reorder, DECISION, "refusal", "created after")
 
 
 def root_rewritten(ledger: Ledger) -> None:
@@ -708,13 +710,13 @@ for name, to in (
     case(f"tag-extra-{name}-{to}", point(name, to), f"refs/tags/{name}")
 
 
-def swapped_pointers(ledger: Ledger) -> None:
+def swap_pointers(ledger: Ledger) -> None:
     one, other = (ledger.git("rev-parse", f"{MODEL}#production#{n}^{{}}") for n in (2, 3))
     tag(ledger, f"{MODEL}#production#2", other)
     tag(ledger, f"{MODEL}#production#3", one)
 
 
-case("pointers-swapped", swapped_pointers, f"refs/tags/{POINTER}")
+case("pointers-swapped", swap_pointers, f"refs/tags/{POINTER}")
 
 # Trusted keys.
 
@@ -737,7 +739,7 @@ def earlier(data: bytes) -> bytes:
     return re.sub(rb'valid-after="(\d{4})', lambda it: b'valid-after="%d' % (int(it[1]) - 1), data)
 
 
-def ended(data: bytes) -> bytes:
+def end_key(data: bytes) -> bytes:
     stamp = re.search(rb'valid-after="(\d+)Z"', data)
     assert stamp
     return data.replace(b'namespaces="git"', b'namespaces="git",valid-before="%dZ"' % (int(stamp[1]) + 1))
@@ -752,7 +754,7 @@ for name, changed_keys in {
     "key-flipped": flip_key,
     "from-later": later,
     "from-earlier": earlier,
-    "ended-before": ended,
+    "ended-before": end_key,
     "lines-gone": lambda data: keys.HEADER,
     "truncated": lambda data: data[: data.rindex(b" SHA256:") - 20],
     "swapped": lambda data: data[::-1],

@@ -53,7 +53,7 @@ def parameters(**changes: Any) -> config.Training:
     return config.Training.model_validate(VALUES | changes)
 
 
-def created(name: str) -> nn.Module:
+def create(name: str) -> nn.Module:
     torch.manual_seed(0)
     return backbone.create(name, 10, backbone.preprocessing(name, 32 if name == SMALL else 8))
 
@@ -70,7 +70,7 @@ def fit(
     val = training.Images(digits / "val.parquet", preprocessing, CLASSES)
     if name == SMALL:  # fewer, for it is slower
         train.images, train.labels, val.images = train.images[:70], train.labels[:70], val.images[:30]
-    net = created(name)
+    net = create(name)
     loss = training.cross_entropy(params.label_smoothing)
     hook = (lambda: after_step(net)) if after_step else None
     history = training.fit(net, train, val, loss, params, checkpoint=checkpoint, after_step=hook)
@@ -97,13 +97,13 @@ def test_training_learns(digits: Path, tmp_path: Path) -> None:
     assert [row["epoch"] for row in history] == list(range(1, 9))
     assert history[-1]["train_loss"] < history[0]["train_loss"]
     assert history[-1]["val_top1"] > 0.85
-    assert not same(net, created("mlp"))
+    assert not same(net, create("mlp"))
 
 
 def test_no_epochs_leave_the_network_as_it_is(digits: Path, tmp_path: Path) -> None:
     net, history = fit(digits, tmp_path / "checkpoint.pt", parameters(epochs=0))
     assert history == []
-    assert same(net, created("mlp"))
+    assert same(net, create("mlp"))
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
@@ -121,7 +121,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(digits: Path, tmp_path: P
     params = parameters(epochs=3, **changes)
     net, history = fit(digits, tmp_path / "undisturbed.pt", params, SMALL)
     assert same(net, fit(digits, tmp_path / "again.pt", params, SMALL)[0])
-    assert not same(net, created(SMALL))
+    assert not same(net, create(SMALL))
     with pytest.raises(KeyboardInterrupt):  # in the last epoch, after one of its two steps
         fit(digits, tmp_path / "interrupted.pt", params, SMALL, interruption(5))
     resumed, whole_history = fit(digits, tmp_path / "interrupted.pt", params, SMALL)
@@ -164,7 +164,7 @@ def test_the_schedule_rises_to_the_learning_rate_and_falls(digits: Path, tmp_pat
 def test_biases_and_normalisation_do_not_decay(digits: Path, tmp_path: Path) -> None:
     fit(digits, tmp_path / "checkpoint.pt", parameters(epochs=1, weight_decay=0.3), SMALL)
     groups = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"]
-    shapes = [parameter.ndim for parameter in created(SMALL).parameters()]
+    shapes = [parameter.ndim for parameter in create(SMALL).parameters()]
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [
         (0.3, sum(ndim > 1 for ndim in shapes)),
         (0.0, sum(ndim <= 1 for ndim in shapes)),
@@ -218,7 +218,7 @@ def test_every_epoch_has_an_order_of_its_own(digits: Path, tmp_path: Path) -> No
         seen.append(labels.numpy().tobytes())
         return nn.functional.cross_entropy(logits, labels)
 
-    training.fit(created("mlp"), train, train, loss, parameters(epochs=3), checkpoint=tmp_path / "checkpoint.pt")
+    training.fit(create("mlp"), train, train, loss, parameters(epochs=3), checkpoint=tmp_path / "checkpoint.pt")
     assert len(seen) == 3 * 9
     assert len({seen[0], seen[9], seen[18]}) == 3
 
@@ -239,13 +239,13 @@ def test_a_loss_that_is_not_finite(digits: Path, tmp_path: Path, value: float) -
         return logits.sum() * 0 + value
 
     with pytest.raises(StageError) as caught:
-        training.fit(created("mlp"), train, train, loss, parameters(), checkpoint=tmp_path / "checkpoint.pt")
+        training.fit(create("mlp"), train, train, loss, parameters(), checkpoint=tmp_path / "checkpoint.pt")
     assert str(caught.value) == f"the loss became {value} in epoch 1: lower learning_rate in params.yaml"
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_top1_and_loss_against_numpy(digits: Path) -> None:
-    net, val = created("mlp"), training.Images(digits / "val.parquet", backbone.preprocessing("mlp", 8), CLASSES)
+    net, val = create("mlp"), training.Images(digits / "val.parquet", backbone.preprocessing("mlp", 8), CLASSES)
     data = load_digits()
     inputs = (data.images[300:500] * 15).astype(np.uint8).reshape(200, 64) / 255
     state = {name: tensor.numpy().astype(np.float64) for name, tensor in net.state_dict().items()}
@@ -368,7 +368,7 @@ def test_a_rare_class_is_answered_more_often_where_classes_are_balanced(
     found = {}
     for kind in ("none", balance):
         params = parameters(epochs=4, learning_rate=0.003, balance=kind, augment={"crop_scale": 1, "flip": 0})
-        train, net = rare(training.Images(digits / "train.parquet", preprocessing, CLASSES), 3, 6), created("mlp")
+        train, net = rare(training.Images(digits / "train.parquet", preprocessing, CLASSES), 3, 6), create("mlp")
         if how == "recovery":
             recovery = config.Recovery(temperature=2.0, teacher_share=0.5, training=params)
             distillation.distill(net, teacher, recovery, train, val, checkpoint=tmp_path / f"{kind}.pt")

@@ -67,7 +67,7 @@ def judge(
     return verdict, {entry["name"]: entry for entry in verdict["expectations"]}
 
 
-def failed(entries: dict[str, dict[str, Any]]) -> set[str]:
+def failures(entries: dict[str, dict[str, Any]]) -> set[str]:
     return {name for name, entry in entries.items() if not entry["passed"]}
 
 
@@ -119,7 +119,7 @@ def test_a_clean_manifest_passes_every_expectation(good: Any) -> None:
     verdict, entries, _ = good
     assert verdict["passed"] is True
     assert verdict["rows"] == 36
-    assert failed(entries) == set()
+    assert failures(entries) == set()
     assert all(entry["offending"] == [] for entry in entries.values())
     assert entries["width"]["sentence"] == "Every image is 8 to 64 pixels wide (from 28 to 28)."
 
@@ -133,7 +133,7 @@ def test_severities(good: Any) -> None:
 def test_every_fault_is_found(bad: Any) -> None:
     verdict, entries, _ = bad
     assert verdict["passed"] is False
-    assert failed(entries) == (CRITICAL | WARNING) - {"columns", "classes"}
+    assert failures(entries) == (CRITICAL | WARNING) - {"columns", "classes"}
 
 
 @pytest.mark.parametrize(
@@ -210,14 +210,14 @@ def test_warnings_alone_pass(tmp_path: Path) -> None:
     data = manifest()
     data.loc[row(data, "bag/train-0.png"), "std"] = 0.0
     verdict, entries = judge(data, tmp_path / "docs")
-    assert failed(entries) == {"blank"}
+    assert failures(entries) == {"blank"}
     assert verdict["passed"] is True
 
 
 def test_a_declared_class_without_images_is_critical(tmp_path: Path) -> None:
     data = manifest()
     verdict, entries = judge(data[data["label"] != "coat"], tmp_path / "docs")
-    assert failed(entries) == {"classes", "rows"}
+    assert failures(entries) == {"classes", "rows"}
     assert entries["classes"]["offending"] == [{"class": "coat", "value": 0}]
     assert verdict["passed"] is False
 
@@ -226,7 +226,7 @@ def test_holes_in_a_readable_row_do_not_slip_through(tmp_path: Path) -> None:
     data = manifest()
     data.loc[0, ["label", "width", "height", "sha256", "split", "std"]] = None
     _, entries = judge(data, tmp_path / "docs")
-    assert failed(entries) == {"sha256", "labels", "width", "height", "blank", "file_leaks", "pixel_leaks"}
+    assert failures(entries) == {"sha256", "labels", "width", "height", "blank", "file_leaks", "pixel_leaks"}
 
 
 def test_five_offending_rows_at_most(tmp_path: Path) -> None:

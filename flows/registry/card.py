@@ -26,9 +26,9 @@ def model_card(decision: Decision, checks: Iterable[Check], benchmark: Benchmark
                 row(
                     one.name,
                     one.where or "",
-                    _shown(one.value),
+                    _cell(one.value),
                     one.operator,
-                    _shown(one.limit),
+                    _cell(one.limit),
                     "yes" if one.passed else "no",
                 )
                 for one in checks
@@ -95,5 +95,5 @@ def _origin(decision: Decision, params: Recorded) -> list[str]:
     ]
 
 
-def _shown(cell: object) -> object:
+def _cell(cell: object) -> object:
     return "missing" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else cell

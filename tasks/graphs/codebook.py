@@ -31,11 +31,11 @@ def cluster(codes: Codes, levels: int) -> Codes:
     values, places, counts = np.unique(codes[kept], return_inverse=True, return_counts=True)
     shared = np.zeros_like(codes)
     if len(values):
-        shared[kept] = _shared(values.astype(np.int64), counts.astype(np.int64), min(levels, len(values)))[places]
+        shared[kept] = _cluster(values.astype(np.int64), counts.astype(np.int64), min(levels, len(values)))[places]
     return shared
 
 
-def _shared(values: Numbers, counts: Numbers, levels: int) -> Numbers:
+def _cluster(values: Numbers, counts: Numbers, levels: int) -> Numbers:
     """The shared code of each of the sorted distinct values, of which there are at least `levels`."""
     centres, errors = _intervals(values, counts)
     least, firsts = errors[0], []  # least[last]: the error of the best intervals that cover the values up to `last`

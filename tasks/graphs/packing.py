@@ -85,16 +85,16 @@ def pack(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     chosen: list[Callable[[Sheet], None]] = []
-    best = _written(model, chosen)
+    best = _rewrite(model, chosen)
     opset = max((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), default=0)
     for form in _forms(tensors) if opset >= LEAST_OPSET else ():
-        tried = _written(model, [*chosen, form])
+        tried = _rewrite(model, [*chosen, form])
         if tried.ByteSize() < best.ByteSize():
             chosen, best = [*chosen, form], tried
     return best
 
 
-def _written(model: onnx.ModelProto, forms: list[Callable[[Sheet], None]]) -> onnx.ModelProto:
+def _rewrite(model: onnx.ModelProto, forms: list[Callable[[Sheet], None]]) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     sheet = Sheet(copy)

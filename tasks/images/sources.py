@@ -120,7 +120,7 @@ def open_source(params: config.Ingest, classes: tuple[str, ...] = ()) -> Source:
             return Source(params, classes, tables if source.is_dir() else tuple(found))
 
 
-def shown(names: Iterable[str], count: int) -> str:
+def preview(names: Iterable[str], count: int) -> str:
     """The first names of so many, in words."""
     first = [name for name, _ in zip(names, range(SHOWN), strict=False)]
     return ", ".join(first) + (" ..." if count > SHOWN else "")
@@ -147,8 +147,9 @@ def _own_splits(found: Mapping[str, str | None], source: Path) -> bool:
     others = found.keys() - named
     if named and others and {"train"} < {found[name] for name in named}:
         raise StageError(
-            f"{source} has {shown(sorted(named), len(named))}, which are named as splits, beside "
-            f"{shown(sorted(others), len(others))}, which belong to none: take them out, or put all images into splits"
+            f"{source} has {preview(sorted(named), len(named))}, which are named as splits, beside "
+            f"{preview(sorted(others), len(others))}, which belong to none: take them out, or put all images into "
+            "splits"
         )
     return not others and {"train"} < set(found.values())
 
@@ -163,7 +164,7 @@ def _open_folder(found: list[File], params: config.Ingest, classes: tuple[str, .
     tops = {one.name.split("/")[0]: None for one in pictures}
     own = params.split_column is None and not set(classes) & set(tops)
     own = own and _own_splits({top: _split_of(top) for top in tops}, source)
-    tables = _tables(visible, params, own) if _asked(params) else []
+    tables = _tables(visible, params, own) if _named_columns(params) else []
     taken: list[File] = []
     passed_over: dict[str, list[str]] = {}
     folders = own + (params.label_column is None)  # so many are above an image at least
@@ -176,7 +177,7 @@ def _open_folder(found: list[File], params: config.Ingest, classes: tuple[str, .
     if not taken:
         raise StageError(_no_image(source, visible, folders))
     made = Source(params, classes, tuple(taken), {name: tuple(of) for name, of in passed_over.items()}, own_splits=own)
-    return _joined(made, tables) if _asked(params) else made
+    return _join(made, tables) if _named_columns(params) else made
 
 
 def _tables(visible: list[File], params: config.Ingest, own: bool) -> list[File]:
@@ -197,7 +198,7 @@ def _tables(visible: list[File], params: config.Ingest, own: bool) -> list[File]
     tables = [one for one in found if one]
     if not tables:
         raise StageError(
-            f"{place / TABLES[0]} does not exist, but ingest names the column {_asked(params)[0]!r}: it needs "
+            f"{place / TABLES[0]} does not exist, but ingest names the column {_named_columns(params)[0]!r}: it needs "
             f"{params.file_column} and that"
         )
     return tables
@@ -243,13 +244,13 @@ def _no_image(source: Path, visible: list[File], folders: int) -> str:
 # Tables beside a folder's images
 
 
-def _asked(params: config.Ingest) -> tuple[str, ...]:
+def _named_columns(params: config.Ingest) -> tuple[str, ...]:
     """The columns that are wanted of a table."""
     special = (params.label_column, params.split_column, params.group_column)
     return tuple(dict.fromkeys([*(name for name in special if name), *params.columns]))
 
 
-def _joined(source: Source, tables: list[File]) -> Source:
+def _join(source: Source, tables: list[File]) -> Source:
     """The source with its tables' rows; `StageError` if too few of images or rows have a partner."""
     params = source.params
     rows: dict[str, Row] = {}
@@ -275,9 +276,9 @@ def _mismatch(
 ) -> str:
     parts = []
     if images:
-        parts.append(f"{len(images)} of {all_images} images have no row in it ({shown(images, len(images))})")
+        parts.append(f"{len(images)} of {all_images} images have no row in it ({preview(images, len(images))})")
     if rows:
-        parts.append(f"{len(rows)} of {all_rows} rows name no image ({shown(rows, len(rows))})")
+        parts.append(f"{len(rows)} of {all_rows} rows name no image ({preview(rows, len(rows))})")
     return f"{tables[0].path}: {' and '.join(parts)}: ingest.max_unmatched_fraction allows {most:g}"
 
 
@@ -290,7 +291,7 @@ def _read_table(path: Path, params: config.Ingest) -> Iterator[tuple[str, Row]]:
                 columns = list(rows.fieldnames or ())
             else:  # a line may leave out what is null
                 columns = list(dict.fromkeys(name for row in rows for name in row))
-            _require_once({params.file_column, *_asked(params)}, columns, path)
+            _require_once({params.file_column, *_named_columns(params)}, columns, path)
             for number, row in enumerate(rows):
                 name = row.get(params.file_column)
                 if not name:
@@ -359,7 +360,7 @@ def _named_split(value: str | None, where: Path) -> str | None:
 
 
 def _require_no_columns(source: Path, params: config.Ingest) -> None:
-    columns = _asked(params)
+    columns = _named_columns(params)
     if columns:
         raise StageError(f"{source}: IDX files have no column {columns[0]!r}; take it out of ingest")
 
@@ -440,7 +441,7 @@ def _of_parquet(tables: tuple[File, ...], params: config.Ingest) -> Iterator[Ite
 
 def _of_table(one: File, params: config.Ingest, split: str | None) -> Iterator[Item]:
     label, image = params.label_column or "label", params.image_column
-    asked = tuple(dict.fromkeys((image, label, *_asked(params))))
+    asked = tuple(dict.fromkeys((image, label, *_named_columns(params))))
     try:
         file = pq.ParquetFile(one.path)
         _require_columns(file.schema_arrow, image, asked, one.path)

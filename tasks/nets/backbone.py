@@ -112,7 +112,7 @@ def head(net: nn.Module) -> str:
     return str(net.default_cfg["classifier"])  # type: ignore[index]
 
 
-def pretrained(params: config.Finetune, spec: Spec, production: Path | None) -> nn.Module:
+def load_pretrained(params: config.Finetune, spec: Spec, production: Path | None) -> nn.Module:
     """The network with its starting weights; the head is new unless it has as many classes as these weights.
 
     `production` holds the weights of the registered model, when those are the source. `StageError` names a

@@ -158,7 +158,7 @@ def cut(
 ) -> Cut:
     """Keep the best-scored channels of each group, as many as its width, in place."""
     names = {module: name for name, module in net.named_modules()}
-    done = Cut(zeroed_channels(net, groups, widths), [])
+    done = Cut(find_zeroed_channels(net, groups, widths), [])
     for group, score, width in zip(groups, scores, widths, strict=True):
         module, handler = group[0].dep.target.module, group[0].dep.handler
         gone = sorted(torch.argsort(score, stable=True)[: len(score) - width].tolist())
@@ -168,7 +168,7 @@ def cut(
     return done
 
 
-def zeroed_channels(net: nn.Module, groups: list[tp.dependency.Group], widths: list[int]) -> Removed:
+def find_zeroed_channels(net: nn.Module, groups: list[tp.dependency.Group], widths: list[int]) -> Removed:
     """The channels behind each group's width, by module."""
     names = {module: name for name, module in net.named_modules()}
     removed: Removed = {}
@@ -244,15 +244,15 @@ def scatter(slim: nn.Module, full: nn.Module, removed: Removed) -> None:
         if name not in source:
             continue
         gone = removed.get(module, {})
-        index = [_left(tensor.shape[0], gone.get("out", []))]
+        index = [_remaining(tensor.shape[0], gone.get("out", []))]
         if tensor.ndim > 1:
-            index.append(_left(tensor.shape[1], gone.get("in", [])))
+            index.append(_remaining(tensor.shape[1], gone.get("in", [])))
         if source[name].shape[: len(index)] != tuple(map(len, index)):
             raise StageError(f"prune.channels does not know this backbone's structure: {name} cannot be masked")
         tensor[torch.meshgrid(*index, indexing="ij")] = source[name]
 
 
-def _left(size: int, gone: list[int]) -> Tensor:
+def _remaining(size: int, gone: list[int]) -> Tensor:
     mask = torch.ones(size, dtype=torch.bool)
     mask[gone] = False
     return mask.nonzero().flatten()

@@ -62,7 +62,7 @@ class Job(NamedTuple):
 
 
 @contextlib.contextmanager
-def known(job: Job) -> Iterator[None]:
+def known_structure(job: Job) -> Iterator[None]:
     """What is the same in all rows of a seed is not found out again."""
     with (
         patch.object(distillation, "answers", lambda *_: job.answers),
@@ -71,7 +71,7 @@ def known(job: Job) -> Iterator[None]:
         yield
 
 
-def compressed(job: Job, **changes: Any) -> prune.Pruned:
+def compress(job: Job, **changes: Any) -> prune.Pruned:
     """The masked network by the recipe, with changes to its section `prune`; the budget without the drop."""
     budget = job.params.compress
     if budget is None or budget.max_size_bytes is None:
@@ -83,10 +83,10 @@ def compressed(job: Job, **changes: Any) -> prune.Pruned:
         return prune.compress(job.teacher, job.spec, limits, params, job.table, TRAIN, VAL, checkpoint)
 
 
-def untaught(job: Job) -> prune.Pruned:
+def compress_untaught(job: Job) -> prune.Pruned:
     """Recovery from the labels alone."""
     recovery = job.params.prune.recovery
-    return compressed(job, recovery=recovery and recovery.model_copy(update={"teacher_share": 0.0}))
+    return compress(job, recovery=recovery and recovery.model_copy(update={"teacher_share": 0.0}))
 
 
 def by_norm(job: Job) -> prune.Pruned:
@@ -105,13 +105,13 @@ def by_norm(job: Job) -> prune.Pruned:
         return scores
 
     with patch.object(importance, "taylor", norms):
-        return compressed(job)
+        return compress(job)
 
 
 def channels_alone(job: Job) -> prune.Pruned:
     """No residual block goes."""
-    with known(job._replace(effects={})):
-        return compressed(job)
+    with known_structure(job._replace(effects={})):
+        return compress(job)
 
 
 def in_rounds(job: Job) -> prune.Pruned:
@@ -140,7 +140,7 @@ def in_rounds(job: Job) -> prune.Pruned:
         with tempfile.TemporaryDirectory(dir=job.folder) as scratch:
             checkpoint = Path(scratch) / "checkpoint.pt"
             distillation.distill(slim, job.teacher, params, images, held_out, checkpoint=checkpoint, after_step=hold)
-    removed = masks.zeroed_channels(slim, full, plan.widths)
+    removed = masks.find_zeroed_channels(slim, full, plan.widths)
     return prune.Pruned(
         prune.build_masked(job.teacher, slim, removed, example), Plan(channels=removed, float32=plan.float32), []
     )
@@ -185,7 +185,7 @@ def with_features(job: Job) -> prune.Pruned:
         return history
 
     with patch.object(distillation, "distill", distill):
-        return compressed(job)
+        return compress(job)
 
 
 def uniform(job: Job, found: prune.Pruned) -> prune.Pruned:
@@ -206,7 +206,7 @@ def uniform(job: Job, found: prune.Pruned) -> prune.Pruned:
         return prune.finish(job.teacher, slim, plan, job.params.prune, images, held_out, checkpoint)
 
 
-def written(job: Job, name: str, net: nn.Module, float32: list[str]) -> dict[str, Path]:
+def write_models(job: Job, name: str, net: nn.Module, float32: list[str]) -> dict[str, Path]:
     """The files of a row: masked fp32, quantized, and reduced."""
     folder = job.folder / name.replace(" ", "-").replace(",", "")
     folder.mkdir()
@@ -228,25 +228,25 @@ def heavy(quantized: Path, target: Path) -> Path:
 
 def own_files(job: Job, found: prune.Pruned) -> dict[str, Path]:
     """The recipe's final file, and what it would be without one of the later steps."""
-    made = written(job, RECIPE, found.net, found.plan.float32)
+    made = write_models(job, RECIPE, found.net, found.plan.float32)
     in_float = job.folder / "float32.onnx"
     onnx.save(graph.in_float(packing.unpack(onnx.load(made["reduce"]))), in_float)
     return {
         RECIPE: made["reduce"],
         "masked, not removed": made["quantize"],
         "names, scales, int32 biases stay": heavy(made["quantize"], job.folder / "heavy.onnx"),
-        "int8 in all layers": written(job, "int8", found.net, [])["reduce"],
+        "int8 in all layers": write_models(job, "int8", found.net, [])["reduce"],
         "fp32 of the same shape": in_float,
     }
 
 
 ROWS: dict[str, Callable[[Job, prune.Pruned], prune.Pruned]] = {
-    "no recovery": lambda job, _: compressed(job, recovery=None),
+    "no recovery": lambda job, _: compress(job, recovery=None),
     "channels by norm, not by Taylor": lambda job, _: by_norm(job),
     "one share for all groups": uniform,
     "no blocks go": lambda job, _: channels_alone(job),
     "two rounds": lambda job, _: in_rounds(job),
-    "no distillation": lambda job, _: untaught(job),
+    "no distillation": lambda job, _: compress_untaught(job),
     "distillation of features, too": lambda job, _: with_features(job),
 }
 
@@ -269,8 +269,8 @@ def begin(params: config.Params, seed: int, scratch: Path) -> tuple[Job, prune.P
     effects = importance.blocks(teacher, example, lambda: training.evaluate(teacher, held_out)[1])
     table = costs.read(ROOT / paths.DEVICE, params.benchmark.threads)
     job = Job(seed, params, teacher, spec, table, folder, effects, answers(teacher.eval(), images))
-    with known(job):
-        found = compressed(job)
+    with known_structure(job):
+        found = compress(job)
     return job, found, {REFERENCE: folder / "finetune.onnx"} | own_files(job, found)
 
 
@@ -278,9 +278,9 @@ def another(name: str, job: Job, found: prune.Pruned) -> dict[str, Path]:
     """The final file of a row, by its name; none where the row finds no network."""
     training.make_deterministic(job.seed)
     try:
-        with known(job):
+        with known_structure(job):
             other = ROWS[name](job, found)
-        made = written(job, name, other.net, other.plan.float32)["reduce"]
+        made = write_models(job, name, other.net, other.plan.float32)["reduce"]
     except StageError as error:
         print(f"{name}, seed {job.seed}: {error}", flush=True)
         return {}
@@ -291,10 +291,10 @@ def another(name: str, job: Job, found: prune.Pruned) -> dict[str, Path]:
 def measure(models: dict[str, Path], params: config.Params) -> dict[str, dict[str, float]]:
     """Top-1, bytes, .zst bytes and milliseconds of a seed's files, which take turns."""
     times = benchmark.latencies(models, params.benchmark)
-    return {name: weighed(path, params, times[name]) for name, path in models.items()}
+    return {name: weigh(path, params, times[name]) for name, path in models.items()}
 
 
-def weighed(model: Path, params: config.Params, times: Any) -> dict[str, float]:
+def weigh(model: Path, params: config.Params, times: Any) -> dict[str, float]:
     actual, _ = splits.columns(TEST, config.class_names(params))
     predicted = benchmark.answers(model, TEST, params.benchmark.threads)
     weight = benchmark.weight(model)

@@ -68,7 +68,7 @@ class Job(NamedTuple):
 
 
 @contextlib.contextmanager
-def looked_at_once(job: Job) -> Iterator[None]:
+def survey_once(job: Job) -> Iterator[None]:
     """What `prune.compress` sees of the whole network is the same for every budget, and what the teacher answers.
 
     What top-1 is left does not matter here: no budget limits its drop.
@@ -93,7 +93,7 @@ def looked_at_once(job: Job) -> Iterator[None]:
         yield
 
 
-def drawn(within: search.Bounds) -> list[Limits]:
+def draw(within: search.Bounds) -> list[Limits]:
     """The feasible budgets, kind by kind in turn."""
     random = np.random.default_rng(SEED)
     budgets = []
@@ -103,7 +103,7 @@ def drawn(within: search.Bounds) -> list[Limits]:
     return budgets
 
 
-def compressed(job: Job, limits: Limits, path: Path) -> costs.Cost:
+def compress(job: Job, limits: Limits, path: Path) -> costs.Cost:
     """Write the reduced model for the budget; returns what it costs by the table. `StageError` if nothing fits."""
     budget = config.Compress(**{f"max_{name}": limit for name, limit in limits.items()})
     with tempfile.TemporaryDirectory(dir=job.folder) as scratch:
@@ -119,10 +119,10 @@ def compressed(job: Job, limits: Limits, path: Path) -> costs.Cost:
     return costs.Cost(found.plan.size_bytes, found.plan.latency_ms)
 
 
-def offered(job: Job, limits: Limits) -> tuple[str, Limits | None]:
+def offer_of(job: Job, limits: Limits) -> tuple[str, Limits | None]:
     """What is said to an infeasible budget, and the budget that is offered in its place; None if it was not refused."""
     try:
-        compressed(job, limits, job.folder / "infeasible.onnx")
+        compress(job, limits, job.folder / "infeasible.onnx")
     except StageError as error:
         offer = OFFER.search(str(error))
         return str(error), offer and {name: float(value) for name, value in offer.groupdict().items()}
@@ -146,7 +146,7 @@ def line(entry: dict[str, Any]) -> str:
     return f"{entry['name']:>9} {' | '.join(cells)} {'met' if entry['met'] else 'MISSED'}"
 
 
-def timed(models: dict[str, Path], device: config.Benchmark) -> dict[str, float]:
+def latencies(models: dict[str, Path], device: config.Benchmark) -> dict[str, float]:
     """Milliseconds of each model, and of YARDSTICK, which always runs after the same large one."""
     beside = {stage: paths.onnx(stage) for stage in ("finetune", YARDSTICK)}
     return {name: found["latency_p50_ms"] for name, found in medians(models | beside, device).items()}
@@ -154,19 +154,19 @@ def timed(models: dict[str, Path], device: config.Benchmark) -> dict[str, float]
 
 def measure(job: Job, within: search.Bounds, before: float) -> dict[str, Any]:
     """All budgets: rows, refusals, and how many times as long as `before`, with its table, the machine takes now."""
-    budgets = {f"{number}": limits for number, limits in enumerate(drawn(within), 1)}
+    budgets = {f"{number}": limits for number, limits in enumerate(draw(within), 1)}
     least = {name: low * INFEASIBLE for name, (low, _) in within.items()}
     refusals = []
     for number, kind in enumerate(KINDS, 1):
         limits = {name: search.round_up(least[name], name) for name in kind}
-        said, offer = offered(job, limits)
+        said, offer = offer_of(job, limits)
         refusals.append({"budget": limits, "said": said, "offer": offer})
         print(f"{limits}: {said or 'NOT REFUSED'}", flush=True)
         if offer:
             budgets[f"offer {number}"] = offer
     models = {name: job.folder / f"{name}.onnx" for name in budgets}
-    planned = {name: compressed(job, limits, models[name]) for name, limits in budgets.items()}
-    times = timed(models, job.params.benchmark)
+    planned = {name: compress(job, limits, models[name]) for name, limits in budgets.items()}
+    times = latencies(models, job.params.benchmark)
     slower = times[YARDSTICK] / before
     found = {name: costs.Cost(models[name].stat().st_size, times[name] / slower) for name in budgets}
     return {
@@ -196,9 +196,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
         path = Path(scratch) / paths.DEVICE.name
         profile.profile(params, path)
-        before = timed({}, params.benchmark)[YARDSTICK]
+        before = latencies({}, params.benchmark)[YARDSTICK]
         job = Job(params, teacher, spec, costs.read(path, params.benchmark.threads), calibration, Path(scratch))
-        with looked_at_once(job):
+        with survey_once(job):
             found = measure(job, search.bounds(params, job.table), before)
     print("", HEADER, *map(line, found["rows"]), sep="\n")
     ratios = [one["measured"]["latency_ms"] / one["planned"]["latency_ms"] for one in found["rows"]]

@@ -59,7 +59,7 @@ class Task(NamedTuple):
     val: TensorDataset
 
 
-def decoded(split: Path, spec: backbone.Spec) -> TensorDataset:
+def decode(split: Path, spec: backbone.Spec) -> TensorDataset:
     """Images and labels, decoded once: the training loop would do that in every epoch."""
     images, labels = zip(*splits.batches(split, spec.preprocessing, spec.classes, 250), strict=True)
     return TensorDataset(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)))
@@ -76,7 +76,7 @@ def task(name: str, folder: Path) -> Task:
     ingest.ingest(source, params.classes, params.validate_.max_side, parts)
     preprocessing = backbone.preprocessing(NETWORK, params.finetune.image_size)
     spec = backbone.Spec(backbone=NETWORK, classes=params.classes, preprocessing=preprocessing, weights={})
-    return Task(name, folder, params, spec, decoded(parts["train"], spec), decoded(parts["val"], spec))
+    return Task(name, folder, params, spec, decode(parts["train"], spec), decode(parts["val"], spec))
 
 
 def seeded(params: config.Training, seed: int) -> config.Training:
@@ -118,7 +118,7 @@ def measure(method: str, model: Path, on: Task) -> dict[str, Any]:
     }
 
 
-def finished(method: str, source: Path, on: Task, factor: float | None = None) -> dict[str, Any]:
+def finish(method: str, source: Path, on: Task, factor: float | None = None) -> dict[str, Any]:
     """One run of a line: the float file quantized, reduced and measured."""
     params = on.params.quantize.model_copy(update={"factor": factor})
     images = quantize.calibration_images(on.folder / "train.parquet", on.spec.classes, params.calibration_images)
@@ -149,13 +149,13 @@ def runs(seed: int, digits: Task, fashion: Task) -> list[dict[str, Any]]:
     def add(method: str, net: nn.Module, on: Task) -> Path:
         path = on.folder / "float.onnx"
         export(net, on.spec, path)
-        rows.append(finished(method, path, on))
+        rows.append(finish(method, path, on))
         return path
 
     dense = trained(fresh(), digits, seed)
     path = add("int8 by calibrated ranges of channels", dense, digits)
     rows.insert(0, measure("fp32", path, digits))
-    rows += [finished(f"int8 as round(w * {factor})", path, digits, factor) for factor in FACTORS]
+    rows += [finish(f"int8 as round(w * {factor})", path, digits, factor) for factor in FACTORS]
 
     kept = pruned(dense, digits, seed, None, blocks=config.Blocks(threshold=LAYER_THRESHOLD))
     if kept.plan.block_scores:

@@ -167,7 +167,7 @@ class Shared(nn.Module):
         return weight + (torch.where(weight == 0, 0, nearest) - weight).detach()
 
 
-def weighted(net: nn.Module) -> list[nn.Conv2d | nn.Linear]:
+def weighted_layers(net: nn.Module) -> list[nn.Conv2d | nn.Linear]:
     """The network's layers with weights."""
     return [module for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
 
@@ -237,15 +237,15 @@ def compress(teacher: nn.Module, recipe: Recipe, seed: int, train: Pixels, val: 
     for number, (sparsity, epochs) in enumerate(recipe.steps):
         masks.zero_weights(slim, config.SingleWeights(sparsity=sparsity))
         recover(f"step-{number}.pt", epochs, recipe.learning_rate)
-    for layer in weighted(slim):
+    for layer in weighted_layers(slim):
         parametrize.register_parametrization(layer, "weight", Shared(layer.weight.detach(), recipe.levels))
     recover("codebook.pt", recipe.codebook_epochs, recipe.learning_rate / 3)
-    for layer in weighted(slim):
+    for layer in weighted_layers(slim):
         parametrize.remove_parametrizations(layer, "weight")
     return prune.build_masked(teacher, slim, removed, torch.stack([val[index][0] for index in range(2)]))
 
 
-def missed(model: Path, split: Path, preprocessing: Preprocessing) -> float:
+def count_errors(model: Path, split: Path, preprocessing: Preprocessing) -> float:
     """The share of a split that a model has wrong."""
     ready = session.open_session(model, threads=1)
     return round(1 - session.top1(ready, splits.batches(split, preprocessing, CLASSES, 250)), 6)
@@ -287,9 +287,9 @@ def measure(network: str, seed: int, data: Path, scratch: Path) -> dict[str, Any
         "times_smaller": sizes["fp32.onnx"] / sizes["final.onnx.zst"],
         "parameters": parameters,
         "nonzero_parameters": left,
-        "fp32_error": missed(scratch / "fp32.onnx", data / "test.parquet", preprocessing),
-        "val_error": missed(scratch / "final.onnx", data / "val.parquet", preprocessing),
-        "error": missed(scratch / "final.onnx", data / "test.parquet", preprocessing),
+        "fp32_error": count_errors(scratch / "fp32.onnx", data / "test.parquet", preprocessing),
+        "val_error": count_errors(scratch / "final.onnx", data / "val.parquet", preprocessing),
+        "error": count_errors(scratch / "final.onnx", data / "test.parquet", preprocessing),
         "bit_identical_images": reduce.prove(
             scratch / "quantized.onnx", scratch / "final.onnx", data / "test.parquet", threads=1
         ),

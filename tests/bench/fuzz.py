@@ -51,7 +51,7 @@ def noise(side: int, *channels: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, *channels), dtype=np.uint8))
 
 
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
@@ -59,16 +59,16 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 def images() -> list[bytes]:
     """One of each format and some that are special."""
-    plain = [encoded(noise(16, 3), kind) for kind in FORMATS]
+    plain = [encode(noise(16, 3), kind) for kind in FORMATS]
     exif = Image.Exif()
     exif[0x0112] = 6
     special = [
-        encoded(noise(16, 4), "PNG"),
-        encoded(noise(16, 3).quantize(16), "PNG", transparency=1),
-        encoded(Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 16), "TIFF"),
-        encoded(noise(16, 3), "JPEG", exif=exif),
-        encoded(noise(16, 3).convert("CMYK"), "TIFF", compression="tiff_lzw"),
-        encoded(noise(8, 3), "GIF", save_all=True, append_images=[noise(8, 3)]),
+        encode(noise(16, 4), "PNG"),
+        encode(noise(16, 3).quantize(16), "PNG", transparency=1),
+        encode(Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 16), "TIFF"),
+        encode(noise(16, 3), "JPEG", exif=exif),
+        encode(noise(16, 3).convert("CMYK"), "TIFF", compression="tiff_lzw"),
+        encode(noise(8, 3), "GIF", save_all=True, append_images=[noise(8, 3)]),
     ]
     return plain + special
 
@@ -94,7 +94,7 @@ def read_idx(data: bytes, folder: Path) -> None:
 
 def parquet() -> list[bytes]:
     about = {"huggingface": json.dumps({"info": {"features": {"label": {"names": CLASSES, "_type": "ClassLabel"}}}})}
-    image = [encoded(noise(4), "PNG")] * 4
+    image = [encode(noise(4), "PNG")] * 4
     made = []
     for table in (
         pa.table({"image": image, "label": ["cat", "dog", None, "cat"], "site": ["a", "", None, "b"]}),
@@ -154,7 +154,7 @@ READERS: dict[str, tuple[Callable[[], list[bytes]], Read]] = {
 }
 
 
-def changed(data: bytes, chance: random.Random) -> bytes:
+def mutate(data: bytes, chance: random.Random) -> bytes:
     """The bytes with one to eight changes at random places."""
     content = bytearray(data)
     for _ in range(chance.randint(1, 8)):
@@ -207,7 +207,7 @@ def rounds(names: list[str], seed: int, until: Callable[[int], bool]) -> Iterato
     count = 0
     while not until(count):
         for name in names:
-            yield name, attempt(name, changed(chance.choice(originals[name]), chance))
+            yield name, attempt(name, mutate(chance.choice(originals[name]), chance))
         count += 1
 
 

@@ -57,7 +57,7 @@ class Row(NamedTuple):
     wrong: list[str]
 
 
-def decided(name: str, shared: bool, folder: Path) -> list[Row]:
+def kill_decisions(name: str, shared: bool, folder: Path) -> list[Row]:
     """The rows of one scenario."""
     scenario = crash.prepare(folder, name, shared)
     kills = crash.at_steps(scenario, *EACH[name])
@@ -130,7 +130,7 @@ def until(workspace: Workspace, name: str) -> None:
     shutil.rmtree(workspace.root / "data/checkpoints", ignore_errors=True)
 
 
-def disturbed(workspace: Workspace, point: Point, drawn: random.Random) -> bool:
+def disturb(workspace: Workspace, point: Point, drawn: random.Random) -> bool:
     """Run, and kill at the point; says whether that came before the run's end."""
     process = subprocess.Popen(
         [str(BIN / "weighin"), "run"], cwd=workspace.root, env=workspace.environment, stdout=subprocess.DEVNULL,
@@ -174,7 +174,7 @@ def results(workspace: Workspace) -> dict[str, str]:
     return {path: sha256 for path, sha256 in workspace.results().items() if not path.startswith(measured)}
 
 
-def staged(folder: Path) -> list[Row]:
+def kill_stages(folder: Path) -> list[Row]:
     """The rows of the stages."""
     drawn, rows, found = random.Random(SEED), [], Counter[tuple[str, str]]()
     wrong: dict[tuple[str, str], list[str]] = {}
@@ -191,9 +191,9 @@ def staged(folder: Path) -> list[Row]:
             workspace = Workspace(Path(place), api)
             until(workspace, point.task)
             key = (f"weighin run, {point.edge} of a stage", f"{point.what} killed")
-            hit = disturbed(workspace, point, drawn)
+            hit = disturb(workspace, point, drawn)
             again = workspace.call("weighin", "run", "--json")
-            told = differing(workspace, again, decision, made)
+            told = differences(workspace, again, decision, made)
             if not hit:
                 told.append("the kill came too late")
             print(f"{number:3} {point.task} {point.edge} {point.what}: {told or 'same'}", flush=True)
@@ -207,7 +207,7 @@ def staged(folder: Path) -> list[Row]:
     return rows
 
 
-def differing(
+def differences(
     workspace: Workspace, again: subprocess.CompletedProcess[str], decision: dict[str, Any], made: dict[str, str]
 ) -> list[str]:
     """What is not as after an undisturbed run."""
@@ -231,12 +231,12 @@ def main() -> None:
             chosen = [(name, shared) for shared in (False, True) for name in crash.ACTIONS]
             chosen.remove(("rotation", True))
             with ProcessPoolExecutor(2) as pool:
-                waiting = [pool.submit(decided, *one, folder / f"{one[0]}-{one[1]}") for one in chosen]
+                waiting = [pool.submit(kill_decisions, *one, folder / f"{one[0]}-{one[1]}") for one in chosen]
                 for one in waiting:
                     rows += one.result()
                     print(*(f"{row.where}, {row.how}: {row.same}/{row.kills}" for row in one.result()), sep="\n")
         if "stages" in wanted:
-            rows += staged(folder)
+            rows += kill_stages(folder)
     kills, same = sum(row.kills for row in rows), sum(row.same for row in rows)
     print(f"\n{'where':34} {'how':26} {'kills':>5} {'same':>5} {'mended':>6}")
     for row in rows:

@@ -68,7 +68,7 @@ def of_tests(rounds: tuple[Round, ...]) -> str:
     return hashlib.sha256(json.dumps([found, rounds]).encode()).hexdigest()
 
 
-def known(report: Path, module_sha256: str, tests_sha256: str) -> dict[int, dict[str, Any]]:
+def load_results(report: Path, module_sha256: str, tests_sha256: str) -> dict[int, dict[str, Any]]:
     """By number the results of earlier calls that still hold."""
     lines = report.read_text().splitlines() if report.exists() else []
     rows = [json.loads(line) for line in lines]
@@ -76,7 +76,7 @@ def known(report: Path, module_sha256: str, tests_sha256: str) -> dict[int, dict
     return {row["mutant"]: row for row in rows if row["result"] != SURVIVED or row["tests_sha256"] == tests_sha256}
 
 
-def judged(lab: Lab, mutant: Mutant, rounds: tuple[Round, ...]) -> dict[str, Any]:
+def judge(lab: Lab, mutant: Mutant, rounds: tuple[Round, ...]) -> dict[str, Any]:
     """What the tests say of a mutant, round after round until one of them notices."""
     result, seconds, failed = SURVIVED, 0.0, None
     for chosen in rounds:
@@ -98,7 +98,7 @@ def examine(target: Target, arguments: argparse.Namespace) -> list[dict[str, Any
     chosen = mutants(path.read_text())
     random.Random(SEED).shuffle(chosen)
     chosen = [one for one in chosen if not arguments.mutant or one.number in arguments.mutant][: arguments.only]
-    done = known(arguments.report, keys["module_sha256"], keys["tests_sha256"])
+    done = load_results(arguments.report, keys["module_sha256"], keys["tests_sha256"])
     waiting = [one for one in chosen if one.number not in done]
     arguments.report.parent.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * arguments.minutes
@@ -107,14 +107,14 @@ def examine(target: Target, arguments: argparse.Namespace) -> list[dict[str, Any
         for number, one in enumerate(waiting, 1):
             if lab is None or time.monotonic() > ends:
                 break
-            row = done[one.number] = keys | judged(lab, one, rounds)
+            row = done[one.number] = keys | judge(lab, one, rounds)
             with arguments.report.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"{number:4}/{len(waiting)} {told(row)}: {row['result']} in {row['seconds']} s", flush=True)
+            print(f"{number:4}/{len(waiting)} {describe(row)}: {row['result']} in {row['seconds']} s", flush=True)
     return [done[one.number] for one in chosen if one.number in done]
 
 
-def told(row: dict[str, Any]) -> str:
+def describe(row: dict[str, Any]) -> str:
     return f"{row['module']}:{row['line']}  {row['change']}"
 
 
@@ -151,7 +151,7 @@ def main() -> None:
         )
         print(f"{name}: {len(listed)} of the survivors are listed as equivalent")
         for row in (row for row in survivors if row not in listed):
-            print(f"SURVIVED {told(row)}    {row['text']}")
+            print(f"SURVIVED {describe(row)}    {row['text']}")
         missed += len(survivors) - len(listed)
     sys.exit(missed > 0)
 

@@ -93,7 +93,7 @@ def hand_over(folder: Path) -> None:
     np.save(folder / "calibration.npy", np.stack([batch["image"] for batch in batches]))
 
 
-def made(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+def make_peers(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """The peers' models in the folder by name, and why the others are missing."""
     models: dict[str, Path] = {}
     reasons: dict[str, str] = {}
@@ -117,19 +117,19 @@ def made(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     return models, reasons
 
 
-def described(source: Path, target: Path, original: onnx.ModelProto) -> None:
+def describe(source: Path, target: Path, original: onnx.ModelProto) -> None:
     """Copy a model with the original's metadata, which some peers drop and `benchmark` needs."""
     model = onnx.load(source)
     onnx.helper.set_model_props(model, {entry.key: entry.value for entry in original.metadata_props})
     files.write_bytes(target, model.SerializeToString())
 
 
-def weighed(model: Path, copy: Path, original: onnx.ModelProto, params: config.Params) -> dict[str, Any]:
+def weigh_copy(model: Path, copy: Path, original: onnx.ModelProto, params: config.Params) -> dict[str, Any]:
     """Top-1 on the test split and `benchmark.weight`, of a copy with metadata; `StageError` if it does not run."""
     test = ROOT / paths.TEST
     actual, _ = splits.columns(test, config.class_names(params))
     try:
-        described(model, copy, original)
+        describe(model, copy, original)
         predicted = benchmark.answers(copy, test, params.benchmark.threads)
         return {
             "top1": benchmark.accuracy(actual, predicted, config.class_names(params))["top1"],
@@ -164,7 +164,7 @@ def weigh(models: dict[str, Path], folder: Path, params: config.Params) -> tuple
         print(f"weighing {name}", flush=True)
         copy = folder / f"weighed-{model.name}"
         try:
-            entries[name], ready[name] = weighed(model, copy, original, params), copy
+            entries[name], ready[name] = weigh_copy(model, copy, original, params), copy
         except StageError as error:
             if name not in PEERS:
                 raise
@@ -208,7 +208,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="weighin-") as scratch:
         folder = Path(scratch)
         hand_over(folder)
-        peers, reasons = made(folder)
+        peers, reasons = make_peers(folder)
         own = folder / "weighin.onnx"
         own.write_bytes((ROOT / paths.onnx("reduce")).read_bytes())
         entries, failed = weigh({REFERENCE: folder / "finetune.onnx", **peers, OWN: own}, folder, params)

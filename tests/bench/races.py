@@ -35,7 +35,7 @@ def promotions(folder: Path, shared: bool) -> dict[str, Any]:
     pair = rivals.clones(folder) if shared else rivals.work_trees(folder)
     rounds = rivals.run(pair, ROUNDS, (rivals.promoter, rivals.promoter), (JITTER_S, JITTER_S), SEED)
     won = [sum(one.told[place].superseded == 0 for one in rounds) for place in (0, 1)]
-    wrong = rivals.unfair(rounds) + rivals.broken(pair, 1 + 2 * ROUNDS)
+    wrong = rivals.unfair(rounds) + rivals.find_broken(pair, 1 + 2 * ROUNDS)
     return line("two clones of one remote" if shared else "two work trees", rounds, won, wrong)
 
 
@@ -45,7 +45,7 @@ def rollbacks(folder: Path) -> dict[str, Any]:
     Ledger(pair.places[0]).decide(2)
     rounds = rivals.run(pair, ROLLBACKS, (rivals.promoter, rivals.roller), (LATE_S, 0.0), SEED)
     won = [sum(one.told[1].decision is None for one in rounds), sum(one.told[1].decision is not None for one in rounds)]
-    wrong = rivals.undecided(rounds) + rivals.broken(pair, 2 + ROLLBACKS + won[1])
+    wrong = rivals.find_undecided(rounds) + rivals.find_broken(pair, 2 + ROLLBACKS + won[1])
     return line("a promoter and a rollback", rounds, won, wrong)
 
 

@@ -130,7 +130,7 @@ def call(command: list[str], seconds: float) -> str:
         raise Refused(str(error)) from None
 
 
-def recoded(plain: onnx.ModelProto, change: Callable[[Values], Values]) -> onnx.ModelProto:
+def recode(plain: onnx.ModelProto, change: Callable[[Values], Values]) -> onnx.ModelProto:
     """The model with other codes in its int8 weights, and steps that leave each weight as long a vector as it was."""
     made = onnx.ModelProto()
     made.CopyFrom(plain)
@@ -166,7 +166,7 @@ def lay(model: Path, folder: Path) -> dict[str, Case]:
     for form, (change, operator) in FORMS.items():
         name = form.replace(" ", "-")
         case = Case(folder / f"{name}.plain.onnx", folder / f"{name}.packed.onnx", folder / "images.f32", shape)
-        made = recoded(plain, change)
+        made = recode(plain, change)
         packed = packing.pack(made)
         if operator not in {node.op_type for node in packed.graph.node}:
             sys.exit(f"error: {model} is not smaller in the form {form!r}")

@@ -176,7 +176,7 @@ def same(pair: list[bytes], images: Any) -> dict[str, dict[int, float]]:
     return found
 
 
-def own() -> dict[str, dict[int, float]]:
+def own_files() -> dict[str, dict[int, float]]:
     """`same` of the last run's quantized and reduced network, on all of the test split."""
     import numpy as np
 
@@ -254,7 +254,7 @@ def main() -> None:
     about = {"splits": SPLITS, "prune": PRUNE.model_dump(), "quantize": QUANTIZE.model_dump(), "threads": 1}
     compared = [row[EXACT] for row in rows]
     if (ROOT / paths.onnx("reduce")).exists():
-        compared.append(own())
+        compared.append(own_files())
         for level, shares in compared[-1].items():
             print(f"the last run's network, {level}: the same bits on {min(shares.values()):.1%} of the test images")
     files.write_json(REPORT, about | {"processor": processor(), "rows": rows, "own": compared[len(rows) :]})

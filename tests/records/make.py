@@ -265,18 +265,18 @@ def begin(commit: str, record: Record, project: Project) -> None:
     project.commit(f"Weighin as of {commit}, and some digits")
 
 
-def stored(project: Project) -> list[str]:
+def cached_files(project: Project) -> list[str]:
     """The files of DVC's cache that decisions name, by their paths in it."""
     yaml, found = YAML(typ="safe"), set[str]()
     for commit in project.git("rev-list", "registry").split():
         stages = yaml.load(project.git("show", f"{commit}:dvc.lock"))["stages"].values()
         found |= {out["md5"] for stage in stages for out in stage.get("outs", [])}
     for folder in [name for name in found if name.endswith(".dir")]:
-        found |= {entry["md5"] for entry in json.loads((project.root / CACHE / placed(folder)).read_bytes())}
-    return sorted(map(placed, found))
+        found |= {entry["md5"] for entry in json.loads((project.root / CACHE / cache_path(folder)).read_bytes())}
+    return sorted(map(cache_path, found))
 
 
-def placed(md5: str) -> str:
+def cache_path(md5: str) -> str:
     return f"{md5[:2]}/{md5[2:]}"
 
 
@@ -285,7 +285,7 @@ def commit_cache(project: Project) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": f"{scratch}/index"}
         lines = []
-        for name in stored(project):
+        for name in cached_files(project):
             blob = project.git("hash-object", "-w", "--no-filters", str(CACHE / name))
             lines.append(f"100644 {blob}\t{name}\n")
         project.git("update-index", "--add", "--index-info", stdin="".join(lines).encode(), **index)
