@@ -24,7 +24,7 @@ BUSY_WAIT_S = 2.0
 GLIBC = (2, 35)  # older ones take no threshold over 32 MiB
 ENVIRONMENT = quiet.SETTINGS | {
     "PYTHONUNBUFFERED": "1",
-    "GOMP_SPINCOUNT": "30000",  # a tenth of the default: beside other load, spinning makes training many times slower
+    "GOMP_SPINCOUNT": "1000",  # not 300,000: beside other load, threads that spin make training many times slower
 }
 if tuple(int(part) for part in platform.libc_ver()[1].split(".") if part.isdigit()) >= GLIBC:
     # It would give a batch's memory back to the kernel and ask for it again: evaluation takes 1.7 times as long.
@@ -117,8 +117,11 @@ def command(
     say: Callable[[str], None],
     folder: Path | None = None,
     started: Callable[[subprocess.Popen[str]], None] = lambda _: None,
+    threads: int | None = None,
 ) -> tuple[int, list[str]]:
     """DVC's exit status and its lines, which are handed on one by one; it works in the folder, or here.
+
+    Stages use so many `threads` where their parameters leave that open; if None, as many as there are cores.
 
     Whatever ends this early, `started` and `kill -9` included, ends the whole process group.
     """
@@ -132,6 +135,7 @@ def command(
         env={
             **os.environ,
             **ENVIRONMENT,
+            **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         },
     )

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from tasks.core import config, files, paths
@@ -24,7 +25,9 @@ def finetune(
     loss = training.cross_entropy(params.training.label_smoothing, weights)
     history = training.fit(net, images, held_out, loss, params.training, checkpoint=checkpoint, after_step=hold)
     top1, val_loss = training.evaluate(net, held_out)
-    return {"val_top1": top1, "val_loss": val_loss, "parameters": sum(p.numel() for p in net.parameters())}, history
+    parameters = sum(p.numel() for p in net.parameters())
+    found = {"val_top1": top1, "val_loss": val_loss, "parameters": parameters, "threads": torch.get_num_threads()}
+    return found, history
 
 
 def start(params: config.Params) -> tuple[nn.Module, Spec]:
@@ -61,7 +64,7 @@ def main() -> None:
     verdict = files.read_json(paths.report("validate"))
     if verdict.get("passed") is not True:
         raise StageError(f"{paths.report('validate')} says that the data did not pass: nothing is trained on it")
-    training.make_deterministic(params.finetune.training.seed)
+    training.make_deterministic(params.finetune.training.seed, params.finetune.training.threads)
     net, spec = start(params)
     checkpoint = training.checkpoint_path("finetune", paths.TRAIN, paths.VAL, params=params.finetune, spec=spec)
     metrics, history = finetune(net, spec, params.finetune, paths.TRAIN, paths.VAL, checkpoint)

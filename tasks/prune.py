@@ -291,7 +291,8 @@ def main() -> None:
     everything = config.load()
     params, budget = everything.prune, everything.compress
     teacher, spec = backbone.load(paths.weights("finetune"), paths.spec("finetune"))
-    training.make_deterministic(params.recovery.training.seed if params.recovery else 0)
+    recovery = params.recovery.training if params.recovery else None
+    training.make_deterministic(recovery.seed if recovery else 0, recovery.threads if recovery else None)
     inputs = (paths.TRAIN, paths.VAL, paths.weights("finetune"))
     checkpoint = training.checkpoint_path("prune", *inputs, params=params, spec=spec)
     if budget:

@@ -38,12 +38,12 @@ def calibration_images(train: Path, classes: tuple[str, ...], count: int) -> lis
     return [images[index] for index in np.linspace(0, len(images) - 1, count).astype(int)]
 
 
-def with_codebook(quantized: onnx.ModelProto, levels: int | None) -> onnx.ModelProto:
-    """The model with so many nonzero codes in each weight tensor, or as it is."""
-    if levels is None:
+def with_codebook(quantized: onnx.ModelProto, grid: config.Grid) -> onnx.ModelProto:
+    """The model with so many nonzero codes in each weight tensor as the grid's codebook has, or as it is."""
+    if grid.codebook is None:
         return quantized
     model = copy.deepcopy(quantized)
-    codebook.apply(model, levels)
+    codebook.apply(model, grid.codebook)
     return model
 
 
@@ -63,7 +63,7 @@ def trainable(
         found = net(images).numpy()
     expected = session.logits(session.open_session(quantized.SerializeToString(), threads=1), images.numpy())
     if not np.abs(found - expected).mean() <= MAX_QAT_GAP * expected.std():
-        raise StageError("quantize.qat cannot train this network: PyTorch runs it otherwise than ONNX Runtime")
+        raise StageError("quantize.grid.qat cannot train this network: PyTorch runs it otherwise than ONNX Runtime")
     return net
 
 
@@ -80,7 +80,7 @@ def train_qat(
     from tasks.nets import backbone, distillation, training  # torch, which nothing else here needs
 
     teacher, spec = backbone.load(paths.weights("prune"), paths.spec("prune"))
-    training.make_deterministic(params.training.seed)
+    training.make_deterministic(params.training.seed, params.training.threads)
     begun = files.sha256_of(quantized.SerializeToString(deterministic=True))[:16]  # its scales are kept, too
     inputs = (paths.TRAIN, paths.VAL, paths.weights("prune"))
     checkpoint = training.checkpoint_path(f"quantize-{levels}-{bits}-{begun}", *inputs, params=params, spec=spec)
@@ -102,22 +102,23 @@ def train_qat(
 def choose_model(
     quantized: onnx.ModelProto,
     original: onnx.ModelProto,
-    params: config.Quantize,
+    grid: config.Grid,
     val_top1: Callable[[onnx.ModelProto], float],
 ) -> tuple[onnx.ModelProto, list[dict[str, float]]]:
     """The calibrated model, or the trained one where calibration costs too much and training helps; and its history."""
-    if params.qat is None:
+    if grid.qat is None:
         return quantized, []
-    if params.bits < 8:
+    bits = grid.bits if isinstance(grid, config.FewBits) else 8
+    if bits < 8:
         quantized = copy.deepcopy(quantized)
-        rounding.coarsen(quantized, original, params.bits)
-    before, after = val_top1(original), val_top1(with_codebook(quantized, params.codebook))
+        rounding.coarsen(quantized, original, bits)
+    before, after = val_top1(original), val_top1(with_codebook(quantized, grid))
     print(f"val top-1 {before:.2%}, calibrated {after:.2%}", flush=True)
-    if shares.subtract(before, after) <= params.qat.max_top1_drop:
+    if shares.subtract(before, after) <= grid.qat.max_top1_drop:
         return quantized, []
     candidate = copy.deepcopy(quantized)
-    history = train_qat(candidate, params.qat, params.codebook, params.bits)
-    if val_top1(with_codebook(candidate, params.codebook)) >= after:
+    history = train_qat(candidate, grid.qat, grid.codebook, bits)
+    if val_top1(with_codebook(candidate, grid)) >= after:
         return candidate, history
     print("training on the int8 grid has made it worse: the calibrated model stays", flush=True)
     return quantized, history
@@ -154,14 +155,15 @@ def main() -> None:
     original = onnx.load(source)
     calibrated = calibration.quantize(source, images, preprocessing, params, float32)
     lost: dict[str, int | float] = {}
-    if params.factor is not None:
-        lost = rounding.lost(calibrated, original, params.factor)
+    if isinstance(params.grid, config.ByFactor):
+        factor = params.grid.factor
+        lost = rounding.lost(calibrated, original, factor)
         print(
-            f"factor {params.factor:g}: of {lost['rounded_weights']:,} weights {lost['clipped_weights']:,} are clipped "
+            f"factor {factor:g}: of {lost['rounded_weights']:,} weights {lost['clipped_weights']:,} are clipped "
             f"and {lost['zeroed_weights']:,} become 0 ({lost['zeroed_share']:.1%})"
         )
-    quantized, history = choose_model(calibrated, original, params, val_top1)
-    final = with_codebook(quantized, params.codebook)
+    quantized, history = choose_model(calibrated, original, params.grid, val_top1)
+    final = with_codebook(quantized, params.grid)
     compact.round_biases(final)
     left = write(final, paths.onnx("quantize"), len(float32))
     if left:

@@ -151,7 +151,7 @@ class Repository:
         """params.yaml of the repository for these classes, with some sections' values changed."""
         yaml = YAML(typ="safe")
         content = yaml.load(ROOT / "params.yaml") | {"classes": list(CLASSES)}
-        content["quantize"] |= {"bits": 8, "qat": None}  # training takes what few tests have
+        content["quantize"] |= {"grid": {"kind": "int8"}}  # training takes what few tests have
         for section, values in changes.items():
             content[section] = content[section] | values
         yaml.dump(content, self.root / "params.yaml")

@@ -66,7 +66,7 @@ prune:
 quantize:
   calibration_images: 512
   percentile: 99.999
-  reduce_range: false
+  grid: {kind: int8}
 
 reduce:
   pack: auto
@@ -127,7 +127,11 @@ def test_values_are_those_of_the_file(tmp_path: Path) -> None:
         ("    patience: 3", "    patiense: 3", "finetune.training.patiense is not a parameter; did you mean patience?"),
         ("  min_rows_per_class", "  max_sid: 1\n  min_rows_per_class", "validate.max_sid is not a parameter; did you"),
         ("{ratio: 0.5,", "{ratios: 0.5, ratio: 0.5,", "prune.channels.ratios is not a parameter; did you mean ratio?"),
-        ("quantize:", "extra: 1\n\nquantize:", "extra is not a parameter; model, classes, ingest, validate, finetune"),
+        (
+            "quantize:",
+            "extra: 1\n\nquantize:",
+            "extra is not a parameter; known here: model, classes, ingest, validate, finetune",
+        ),
         ("quantize:", "quantise:", "quantise is not a parameter; did you mean quantize? (1 more)"),
         ("  kind: idx\n", "", "ingest.kind is missing"),
         ("kind: idx", "kind: zip", "ingest.kind: Input should be 'folder', 'idx' or 'parquet', not 'zip'"),
@@ -212,19 +216,20 @@ def test_values_are_those_of_the_file(tmp_path: Path) -> None:
         ("blocks: null", "blocks: {threshold: 0}", "prune.blocks.threshold: Input should be greater than 0"),
         ("weights: null", "weights: {}", "prune.weights: give threshold or sparsity, one of the two"),
         ("weights: null", "weights: {threshold: 0.1, sparsity: 0.1}", "prune.weights: give threshold or sparsity"),
-        ("reduce_range: false", "factor: 0", "quantize.factor: Input should be greater than or equal to"),
-        ("reduce_range: false", "factor: .inf", "quantize.factor: Input should be a finite number"),
+        ("{kind: int8}", "{kind: factor, factor: 0}", "quantize.grid.factor: Input should be greater than or equal to"),
+        ("{kind: int8}", "{kind: factor, factor: .inf}", "quantize.grid.factor: Input should be a finite number"),
+        ("{kind: int8}", "{kind: factor}", "quantize.grid.factor is missing"),
+        ("{kind: int8}", "{kind: int7, codebook: 8}", "quantize.grid.codebook is not a parameter; known here: kind"),
+        ("{kind: int8}", "{kind: int8, codebok: 8}", "grid.codebok is not a parameter; did you mean codebook?"),
+        ("{kind: int8}", "{kind: int4}", "quantize.grid.qat is missing"),
         (
-            "reduce_range: false",
-            "reduce_range: true\n  factor: 32",
-            "quantize: factor goes without reduce_range, which",
+            "{kind: int8}",
+            "{kind: int3}",
+            "grid.kind must be one of 'int8', 'int7', 'int4', 'int2', 'factor', not 'int3'",
         ),
-        (
-            "reduce_range: false",
-            "reduce_range: true\n  codebook: 8",
-            "quantize: reduce_range goes without codebook, which",
-        ),
-        ("reduce_range: false", "factor: 32\n  codebook: 8", "quantize: factor goes without codebook, which puts"),
+        ("{kind: int8}", "{codebook: 8}", "quantize.grid.kind is missing"),
+        ("{kind: int8}", "int8", "quantize.grid: Input should be a valid dictionary"),
+        ("grid: {kind: int8}", "bits: 4", "quantize.bits is not a parameter; known here: calibration_images"),
         ("    seed: 0\n\ncompress", "    seed: 0\n    seed: 1\n\ncompress", ' is not YAML: found duplicate key "seed"'),
         ("model: classifier", "model: [", " is not YAML: "),
         ("model: classifier", "model: 2025-13-40", " is not YAML: month must be in 1..12"),
@@ -264,7 +269,9 @@ def test_keys_of_sections_that_are_null_are_explained_too(tmp_path: Path) -> Non
     assert shown["prune.blocks"] == ("null", "")
     assert shown["prune.blocks.threshold"] == ("", "> 0, < 1")
     assert shown["prune.blocks.remove"] == ("", ">= 1")
-    assert shown["quantize.factor"] == ("null", ">= 1e-06, <= 1e+06")
+    assert shown["quantize.grid.kind"] == ("int4", "int8 | int7 | int4 | int2 | factor")
+    assert shown["quantize.grid.qat.max_top1_drop"] == ("0.0", ">= 0, <= 1")
+    assert shown["quantize.grid.factor"] == ("", ">= 1e-06, <= 1e+06")
     given = config.load(write_changed(tmp_path, "blocks: null", "blocks: {threshold: 0.3}"))
     shown = {name: (value, bounds) for name, value, bounds, _ in config.explain(given)}
     assert shown["prune.blocks.threshold"] == ("0.3", "> 0, < 1")

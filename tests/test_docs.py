@@ -68,7 +68,6 @@ def test_readme_names_every_stage_in_order() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_yaml_in_documents_is_made_of_real_parameters(document: Path) -> None:
     shipped = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
-    shipped["quantize"] |= {"bits": 8, "qat": None}  # which go without other ways of rounding
     for block in re.findall(r"```yaml\n(.*?)```", document.read_text(), re.S):
         changes = YAML(typ="safe").load(block)
         merged = {

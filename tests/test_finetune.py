@@ -70,6 +70,7 @@ def repository(root: Path, passed: Any = True, **changes: Any) -> Path:
         "schedule": "one-cycle",
         "label_smoothing": 0.1,
         "augment": {"crop_scale": 1.0, "flip": 0.1, "erase": 0.1},
+        "threads": 2,
         "seed": 0,
     }
     with (root / "params.yaml").open("w") as file:
@@ -97,7 +98,8 @@ def test_what_the_stage_leaves(undisturbed: Path) -> None:
     for name in (*RESULTS, *REPORTS):
         assert (data / name).is_file()
     metrics = json.loads((data / "reports/finetune.json").read_text())
-    assert set(metrics) == {"val_top1", "val_loss", "parameters"}
+    assert set(metrics) == {"val_top1", "val_loss", "parameters", "threads"}
+    assert metrics["threads"] == 2  # though the tests' processes have one each
     assert metrics["parameters"] == 64 * 128 + 128 + 128 * 10 + 10
     history = (data / "reports/finetune.csv").read_text().splitlines()
     assert history[0] == "epoch,train_loss,val_loss,val_top1"

@@ -131,7 +131,10 @@ def test_the_record_is_audited_explained_and_made_again(workspace: Workspace) ->
     assert "data/raw/mnist-5k/train-images-idx3-ubyte" in workspace.output("weighin", "lineage", "v0.1.0")
     seen = workspace.output("weighin", "lineage", "--json", "data/raw/mnist-5k/train-images-idx3-ubyte")
     assert [row["decision"] for row in json.loads(seen)] == ["mlp-digits@v0.1.0"]
-    again = json.loads(workspace.output("weighin", "reproduce", "v0.1.0", "--json"))
+    threads = json.loads((workspace.root / "data/reports/finetune.json").read_text())["threads"]
+    done = workspace.call("weighin", "reproduce", "v0.1.0", "--json", OMP_NUM_THREADS=str(threads + 1))
+    assert done.returncode == 0, done.stderr  # with the threads that it was made with
+    again = json.loads(done.stdout)
     assert again["holds"] is True
     assert len(again["artifacts"]) == 27
     assert all(one["same"] for one in again["artifacts"])

@@ -197,13 +197,13 @@ def test_the_stage_keeps_the_calibrated_model_where_training_makes_it_worse(repo
 def test_training_keeps_to_a_codebook(case: Case) -> None:
     """Three codes a tensor: too few for what was trained without them, enough for what is trained with them."""
     model = case.quantized(CALIBRATION)
-    before = top1(case, with_codebook(model, 3))
+    before = top1(case, with_codebook(model, config.Int8(codebook=3)))
     case.train(model, levels=3)
     counts = [len(np.unique(codes[codes != 0])) for codes in codes_of(model)]
     assert len(counts) == 2
     assert max(counts) == 3
     assert top1(case, model) > before
-    assert top1(case, with_codebook(model, 3)) == top1(case, model)
+    assert top1(case, with_codebook(model, config.Int8(codebook=3))) == top1(case, model)
 
 
 def codes_of(model: onnx.ModelProto) -> list[graph.Array]:
@@ -215,7 +215,9 @@ def codes_of(model: onnx.ModelProto) -> list[graph.Array]:
 def test_an_operator_that_is_not_known_is_told(case: Case) -> None:
     model = case.quantized()
     model.graph.node.append(helper.make_node("Softplus", ["logits"], ["soft"]))
-    with pytest.raises(StageError, match=r"quantize\.qat cannot train a network with Softplus: leave qat out"):
+    with pytest.raises(
+        StageError, match=r"quantize\.grid\.qat cannot train a network with Softplus: choose kind int8 without"
+    ):
         qat.Network(model, {})
 
 
@@ -275,7 +277,7 @@ def zip_tensors(one: onnx.ModelProto, other: onnx.ModelProto) -> list[tuple[onnx
 
 def test_the_stage_trains_weights_of_two_bits(repository: Repository) -> None:
     case = Case(repository.root)
-    case.lay(repository, bits=2, percentile=99.99, qat=QAT)
+    case.lay(repository, percentile=99.99, grid={"kind": "int2", "qat": QAT})
     done = repository.run("quantize")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(repository.report("quantize").read_text())
@@ -298,7 +300,7 @@ def test_the_stage_trains_weights_of_two_bits(repository: Repository) -> None:
 @pytest.mark.parametrize("allowed", [0.0, 1.0])
 def test_the_stage_trains_where_calibration_costs_too_much(repository: Repository, allowed: float) -> None:
     case = Case(repository.root)
-    case.lay(repository, qat=QAT | {"max_top1_drop": allowed})
+    case.lay(repository, grid={"kind": "int8", "qat": QAT | {"max_top1_drop": allowed}})
     done = repository.run("quantize")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(repository.report("quantize").read_text())
@@ -314,7 +316,7 @@ def test_the_stage_trains_where_calibration_costs_too_much(repository: Repositor
 
 
 def test_trained_epochs_are_kept_until_the_results_are_written(repository: Repository) -> None:
-    Case(repository.root).lay(repository, qat=QAT | {"max_top1_drop": 0.0})
+    Case(repository.root).lay(repository, grid={"kind": "int8", "qat": QAT | {"max_top1_drop": 0.0}})
     blocked = repository.root / paths.onnx("quantize").parent
     blocked.touch()
     assert "data/models/quantize" in repository.sentence("quantize")

@@ -181,13 +181,13 @@ def test_percentile_and_reduced_range_are_obeyed(networks: Networks, images: lis
         return float(numpy_helper.to_array(constants[image.input[1]])), max(int(abs(w).max()) for w in weights)
 
     full, wide = scales()
-    cut, narrow = scales(percentile=60.0, reduce_range=True)
+    cut, narrow = scales(percentile=60.0, grid=config.Int7(kind="int7"))
     assert cut < 0.9 * full
     assert (wide, narrow) == (127, 64)
 
 
 def by_factor(factor: float) -> config.Quantize:
-    return config.Quantize(calibration_images=32, percentile=99.99, factor=factor)
+    return config.Quantize(calibration_images=32, percentile=99.99, grid=config.ByFactor(kind="factor", factor=factor))
 
 
 @pytest.mark.parametrize(("name", "factor"), [*((name, 24.0) for name in MASKED), ("lenet-5", 700.0)])
@@ -263,7 +263,7 @@ def test_a_factor_that_leaves_nothing_of_a_layer_is_refused(networks: Networks, 
     network = networks("lenet-5")
     with pytest.raises(StageError) as caught:
         quantize(network.path, images, network.preprocessing, by_factor(0.5))
-    assert str(caught.value) == "quantize.factor 0.5 leaves nothing of 0.weight: raise it"
+    assert str(caught.value) == "quantize.grid.factor 0.5 leaves nothing of 0.weight: raise it"
 
 
 def test_a_factor_for_which_a_bias_is_too_large_is_refused(
@@ -273,7 +273,7 @@ def test_a_factor_for_which_a_bias_is_too_large_is_refused(
     path = poison(network, 1, 1e4, tmp_path / "model.onnx")
     with pytest.raises(StageError) as caught:
         quantize(path, images, network.preprocessing, by_factor(1e6))
-    assert str(caught.value) == "quantize.factor 1e+06 makes 0.bias too large for int32: lower it"
+    assert str(caught.value) == "quantize.grid.factor 1e+06 makes 0.bias too large for int32: lower it"
 
 
 def test_layers_that_share_weight_and_bias_are_rounded_by_the_factor(images: list[bytes], tmp_path: Path) -> None:
@@ -457,7 +457,7 @@ def test_the_stage_shares_codes_where_it_is_asked_to(repository: Repository, net
     prepare(repository, networks("lenet-5").path)
     sizes = {}
     for levels in (None, 8):
-        repository.params(quantize={"calibration_images": 64, "codebook": levels})
+        repository.params(quantize={"calibration_images": 64, "grid": {"kind": "int8", "codebook": levels}})
         done = repository.run("quantize")
         assert (done.returncode, done.stderr) == (0, "")
         sizes[levels] = len(files.pack(repository.model("quantize").read_bytes()))
@@ -483,7 +483,7 @@ def test_the_stage_leaves_in_float_what_the_plan_says(repository: Repository, ne
 def test_the_stage_tells_what_a_factor_loses(repository: Repository, networks: Networks) -> None:
     network = networks("lenet-5")
     prepare(repository, network.path)
-    repository.params(quantize={"calibration_images": 64, "factor": 100})
+    repository.params(quantize={"calibration_images": 64, "grid": {"kind": "factor", "factor": 100}})
     done = repository.run("quantize")
     assert (done.returncode, done.stderr) == (0, "")
     model = onnx.load(repository.model("quantize"))

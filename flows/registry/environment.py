@@ -16,12 +16,11 @@ def describe_environment() -> dict[str, Any]:
 
     No host, user or path is in it; a package that was installed from a folder or an address has its version only.
     """
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
         "platform": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
         "processor": {"name": machine.processor(), "flags": machine.processor_flags()},
-        "cores": {"present": os.cpu_count(), "usable": usable},
+        "cores": {"present": os.cpu_count(), "usable": machine.usable_cores()},
         "threads": {name: os.environ[name] for name in THREADS if name in os.environ},
         "packages": _packages(),
     }

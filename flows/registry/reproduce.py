@@ -90,7 +90,7 @@ def reproduce(root: Path, model: str, version: str, say: Callable[[str], None] =
         _lay_splits(root, commit, made_of, clean, tag)
         _bring_sources(root, clean, params.ingest.path, made_of)
         say(f"reproducing {tag} in {clean}")
-        _run(clean, say)
+        _run(clean, say, _threads_of(record))
         return _compare(clean, record, made_of, params)
 
 
@@ -159,8 +159,15 @@ def _bring_sources(root: Path, clean: Path, source: str, made_of: Materials) -> 
             raise RegistryError(f"{path} is not what the version was made of: SHA-256 {sha256} recorded, {found} found")
 
 
-def _run(clean: Path, say: Callable[[str], None]) -> None:
-    status, lines = dvc_bridge.command(["repro", "--force", "--no-run-cache", "gate"], say, clean)
+def _threads_of(record: dict[str, bytes]) -> int | None:
+    """How many threads training had where its parameters left that open: other numbers give other bits."""
+    then = json.loads(record["environment.json"])
+    asked = str(then.get("threads", {}).get("OMP_NUM_THREADS", ""))
+    return int(asked) if asked.isdigit() else then.get("cores", {}).get("usable")
+
+
+def _run(clean: Path, say: Callable[[str], None], threads: int | None) -> None:
+    status, lines = dvc_bridge.command(["repro", "--force", "--no-run-cache", "gate"], say, clean, threads=threads)
     if status:
         raise RegistryError(f"the version does not run again: {dvc_bridge.reason(lines)}")
 

@@ -4,7 +4,7 @@ import difflib
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -167,6 +167,10 @@ class Training(Section):
     patience: Count | None = Field(None, description="stop after so many epochs without a better val top-1")
     augment: Augment
     bf16: bool = Field(False, description="bfloat16 autocast; pays at large images or on CPUs with AMX")
+    threads: Count | None = Field(
+        None,
+        description="cores that PyTorch uses; null: all. With another number the weights differ in their last bits",
+    )
     seed: Seed
 
 
@@ -254,38 +258,61 @@ class Qat(Recovery):
     max_top1_drop: Fraction = Field(description="on val: what calibration may cost before the int8 model is trained")
 
 
+class Int8(Section):
+    """Codes from -127 to 127, by the range of each channel."""
+
+    kind: Literal["int8"] = "int8"
+    codebook: Annotated[int, Field(ge=2, le=127)] | None = Field(
+        None,
+        description="int8: so many nonzero codes in each weight tensor, which then packs better; null: all of them",
+    )
+    qat: Qat | None = Field(None, description="training on the grid, with the pruned network as the teacher")
+
+
+class Int7(Section):
+    """Codes from -64 to 64, for x86 CPUs with AVX2 but no VNNI, whose sums would overflow."""
+
+    kind: Literal["int7"]
+    codebook: ClassVar[None] = None
+    qat: ClassVar[None] = None
+
+
+class FewBits(Section):
+    """Codes of 4 or 2 bits in all layers but the last, which pack better; calibration alone would cost too much."""
+
+    kind: Literal["int4", "int2"]
+    codebook: ClassVar[None] = None
+    qat: Qat
+
+    @property
+    def bits(self) -> int:
+        return int(self.kind.removeprefix("int"))
+
+
+class ByFactor(Section):
+    """Every weight becomes round(w * factor), -127 to 127."""
+
+    kind: Literal["factor"]
+    factor: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(
+        description="factor: every weight becomes round(w * factor), -127 to 127"
+    )
+    codebook: ClassVar[None] = None
+    qat: ClassVar[None] = None
+
+
+Grid = Int8 | Int7 | FewBits | ByFactor
+
+
 class Quantize(Section):
-    """int8 from calibration on training images."""
+    """int8 activations by calibration on training images, and the grid that weights lie on."""
 
     calibration_images: Annotated[int, Field(ge=32)]
     percentile: Annotated[float, Field(gt=50, le=100)] = Field(description="share of activations inside the range")
-    bits: Literal[2, 4, 8] = Field(
-        8, description="of the weights of all layers but the last; fewer than 8 pack better, and want qat"
+    grid: Grid = Field(
+        Int8(),
+        discriminator="kind",
+        description="what weights are rounded to, all but the last layer's if int4 or int2",
     )
-    codebook: Annotated[int, Field(ge=2, le=127)] | None = Field(
-        None, description="so many nonzero codes in each weight tensor, which then packs better; null: all of int8"
-    )
-    qat: Qat | None = Field(None, description="training on the int8 grid, with the pruned network as the teacher")
-    reduce_range: bool = Field(False, description="7-bit weights, for x86 CPUs with AVX2 but no VNNI")
-    factor: Annotated[float, Field(ge=1e-6, le=1e6)] | None = Field(
-        None, description="every weight becomes round(w * factor), -127 to 127; null: by the range of its channel"
-    )
-
-    @model_validator(mode="after")
-    def _few_bits_are_trained(self) -> Self:
-        if self.bits < 8 and (self.qat is None or self.codebook is not None):
-            raise ValueError("bits under 8 go with qat, which trains the weights on their grid, and without codebook")
-        return self
-
-    @model_validator(mode="after")
-    def _one_range_of_weights(self) -> Self:
-        alone = {"factor": self.factor is not None, "reduce_range": self.reduce_range}
-        for name in (name for name, given in alone.items() if given):
-            others = alone | {"codebook": self.codebook is not None, "qat": self.qat is not None}
-            other = next((other for other, given in others.items() if given and other != name), None)
-            if other:
-                raise ValueError(f"{name} goes without {other}, which puts the weights on a grid of its own")
-        return self
 
 
 class Reduce(Section):
@@ -475,27 +502,41 @@ def _problem(error: Exception) -> str:
 def _sentence(error: ValidationError) -> str:
     # A typo makes two errors, an unknown key and a missing one: the first tells more.
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    location, sections = _locate(first["loc"])
+    if first["type"].startswith("union_tag"):  # pydantic names the section, and not the key that chooses its kind
+        location.append(first["ctx"]["discriminator"].strip("'"))
+    where = ".".join(location) or "the file"
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return f"{where} is not a parameter{_suggestion(first['loc'])}{more}"
-    if first["type"] == "missing":
-        return f"{where} is missing{more}"
+    match first["type"]:
+        case "extra_forbidden":
+            return f"{where} is not a parameter{_suggestion(location[-1], sections)}{more}"
+        case "missing" | "union_tag_not_found":
+            return f"{where} is missing{more}"
+        case "union_tag_invalid":
+            return f"{where} must be one of {first['ctx']['expected_tags']}, not {first['ctx']['tag']!r}{more}"
     got = "" if isinstance(first["input"], dict) else f", not {first['input']!r}"
     return f"{where}: {first['msg'].removeprefix('Value error, ')}{got}{more}"
 
 
-def _suggestion(location: tuple[object, ...]) -> str:
-    section: Any = Params
-    for part in location[:-1]:
-        field = fields(section).get(str(part))
-        if field is None:  # a key of a mapping of sections, such as a column
+def _locate(location: tuple[int | str, ...]) -> tuple[list[str], tuple[type[Section], ...]]:
+    """The keys of a place in the file, without the kinds that pydantic puts between them; and the sections there."""
+    keys: list[str] = []
+    sections: tuple[type[Section], ...] = (Params,)
+    for part in location:
+        chosen = tuple(one for one in sections if part in kinds(one))
+        if chosen and len(sections) > 1:
+            sections = chosen
             continue
-        section = section_of(field.annotation)
-        if section is None:
-            return ""
-    close = difflib.get_close_matches(str(location[-1]), fields(section), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; {', '.join(fields(section))} are"
+        keys.append(str(part))
+        inner = [sections_of(fields(one)[str(part)].annotation) for one in sections if str(part) in fields(one)]
+        sections = inner[0] if inner and inner[0] else sections  # a key of a mapping of sections, such as a column
+    return keys, sections
+
+
+def _suggestion(key: str, sections: tuple[type[Section], ...]) -> str:
+    known = list(dict.fromkeys(name for section in sections for name in fields(section)))
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"
 
 
 def fields(section: type[Section]) -> dict[str, Any]:
@@ -503,33 +544,45 @@ def fields(section: type[Section]) -> dict[str, Any]:
     return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
-def section_of(annotation: object) -> type[Section] | None:
-    """The section type in an annotation such as `Blocks | None`, or None for a plain value."""
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
+def kinds(section: type[Section]) -> tuple[str, ...]:
+    """The values of `kind` that choose this section, where there are several for one place."""
+    field = section.model_fields.get("kind")
+    return get_args(field.annotation) if field and section in get_args(Grid) else ()
+
+
+def sections_of(annotation: object) -> tuple[type[Section], ...]:
+    """The section types in an annotation such as `Blocks | None`; empty for a plain value."""
+    candidates = (annotation, *getattr(annotation, "__args__", ()))
+    return tuple(one for one in candidates if isinstance(one, type) and issubclass(one, Section))
 
 
 def explain(params: Params) -> list[tuple[str, str, str, str]]:
     """Every parameter in the file's order: dotted name, value, bounds, meaning.
 
-    The keys of a section that is null are there without a value.
+    The keys of a section that is null, or of another kind than the one that is given, are there without a value.
     """
-    return list(_explain_section(Params, params, ""))
+    return list(_explain_section((Params,), params, ""))
 
 
-def _explain_section(kind: type[Section], section: Section | None, prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    for name, field in fields(kind).items():
+def _explain_section(
+    kinds: tuple[type[Section], ...], section: Section | None, prefix: str
+) -> Iterator[tuple[str, str, str, str]]:
+    merged: dict[str, list[Any]] = {}
+    for kind in kinds:
+        for name, field in fields(kind).items():
+            merged.setdefault(name, []).append(field)
+    for name, same in merged.items():
+        field, given = same[0], section is not None and name in fields(type(section))
         value = getattr(section, f"{name}_" if field.alias else name, None)
-        inner = section_of(field.annotation)
         if isinstance(value, dict):
             for key, part in value.items():
-                yield from _explain_section(type(part), part, f"{prefix}{name}.{key}.")
+                yield from _explain_section((type(part),), part, f"{prefix}{name}.{key}.")
             continue
         if not isinstance(value, Section):
             shown = ", ".join(map(str, value)) if isinstance(value, tuple) else "null" if value is None else str(value)
-            yield f"{prefix}{name}", shown if section else "", _bounds(field), field.description or ""
+            bounds = " | ".join(dict.fromkeys(filter(None, map(_bounds, same))))
+            yield f"{prefix}{name}", shown if given else "", bounds, field.description or ""
+        inner = sections_of(field.annotation)
         if inner:
             yield from _explain_section(inner, value, f"{prefix}{name}.")
 
@@ -540,4 +593,5 @@ def _bounds(field: Any) -> str:
     choices = [option for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {choices[0][key]:g}" for key, sign in signs.items() if key in choices[0]]
-    return " | ".join(map(str, choices[0].get("enum", []))) or ", ".join(limits)
+    values = [choices[0]["const"]] if "const" in choices[0] else choices[0].get("enum", [])
+    return " | ".join(map(str, values)) or ", ".join(limits)

@@ -39,7 +39,7 @@ SMALLER = {
     "ingest": "validate.max_side",
     "finetune": "finetune.training.batch_size or finetune.image_size",
     "prune": "prune.recovery.training.batch_size or finetune.image_size",
-    "quantize": "quantize.qat.training.batch_size, if there is one, or finetune.image_size",
+    "quantize": "quantize.grid.qat.training.batch_size, if there is one, or finetune.image_size",
 }
 
 MENDABLE = (WeighinError, OSError, MemoryError)  # what a user can put right, and is told in a sentence

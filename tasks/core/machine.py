@@ -1,9 +1,13 @@
 """The machine that this process runs on, as the system describes it."""
 
+import os
 import platform
+import time
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
+STAT = Path("/proc/stat")
+CROWDED = 0.5  # cores that others take from this process
 
 
 def processor() -> str:
@@ -15,6 +19,36 @@ def processor_flags() -> list[str]:
     """Return the sorted names of the processor's instruction sets, as Linux has them; none on other systems."""
     found = _cpuinfo()
     return sorted(found.get("flags", found.get("Features", "")).split())  # the latter is what Arm has
+
+
+class Cores:
+    """How much of the machine's cores other processes take, since this was made or last asked."""
+
+    def __init__(self) -> None:
+        self.last = _busy_s()
+
+    def crowd(self) -> str:
+        """What to say if others leave this process fewer cores than it may use; empty if not, or not on Linux."""
+        before, self.last = self.last, _busy_s()
+        present, usable = os.cpu_count() or 1, usable_cores()
+        if before is None or self.last is None or self.last[0] <= before[0]:
+            return ""
+        others = (self.last[1] - before[1]) / (self.last[0] - before[0])
+        return f", others use {others:.1f} of {present} cores" if others > present - usable + CROWDED else ""
+
+
+def usable_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _busy_s() -> tuple[float, float] | None:
+    """The time now, and for how long others have used a core, both in seconds; None where the system does not say."""
+    if not STAT.exists():
+        return None
+    user, nice, system, _idle, _wait, interrupts, soft, stolen = map(int, STAT.read_text().split(maxsplit=9)[1:9])
+    own = sum(os.times()[:4])  # with the processes that it started and that have ended
+    return time.monotonic(), (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK") - own
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from tasks.core import machine
+
 T = TypeVar("T")
 LOG_EVERY_S = 5.0
 
@@ -18,10 +20,11 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         yield from bar(items, description, total=total, console=Console(stderr=True), transient=True)
         return
     started = last = time.monotonic()
+    cores = machine.Cores()
     for count, item in enumerate(items):
         now = time.monotonic()
         if now - last >= LOG_EVERY_S:
             of = f"/{total}" if total else ""
-            print(f"{description}: {count}{of} in {now - started:.0f} s", file=sys.stderr, flush=True)
+            print(f"{description}: {count}{of} in {now - started:.0f} s{cores.crowd()}", file=sys.stderr, flush=True)
             last = now
         yield item

@@ -80,7 +80,7 @@ def quantize(
     """int8 QDQ: signed weights per channel, unsigned activations per tensor, ranges by percentile.
 
     The steps of weights, the biases and the layers in `float32`, which are not quantized, have values that float16
-    holds. With `params.factor` the weights are rounded by it instead. Krishnamoorthi 2018, arXiv:1806.08342, for the
+    holds. By a factor, the weights are rounded by it instead. Krishnamoorthi 2018, arXiv:1806.08342, for the
     scheme. `StageError` if a range is missing or not finite.
     """
     quantized = calibrate(model, images, preprocessing, params, float32)
@@ -89,10 +89,10 @@ def quantize(
     graph.strip(quantized)
     onnx.helper.set_model_props(quantized, properties)
     check_scales(quantized)
-    if params.factor is None:
+    if not isinstance(params.grid, config.ByFactor):
         rounding.round_to_halves(quantized, original)
     else:
-        rounding.apply(quantized, original, params.factor)
+        rounding.apply(quantized, original, params.grid.factor)
     return quantized
 
 
@@ -115,7 +115,7 @@ def calibrate(
                 op_types_to_quantize=list(QUANTIZED),
                 nodes_to_exclude=[node.name for node in onnx.load(model).graph.node if layer(node) in float32],
                 per_channel=True,
-                reduce_range=params.reduce_range,
+                reduce_range=isinstance(params.grid, config.Int7),
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.Percentile,

@@ -35,11 +35,11 @@ def apply(quantized: onnx.ModelProto, original: onnx.ModelProto, factor: float) 
     for dequantizer, weights in round_weights(quantized, original):
         codes = np.rint(weights * factor).clip(-LARGEST, LARGEST).astype(np.int8)
         if weights.any() and not codes.any():
-            raise StageError(f"quantize.factor {factor:g} leaves nothing of {_name(dequantizer)}: raise it")
+            raise StageError(f"quantize.grid.factor {factor:g} leaves nothing of {_name(dequantizer)}: raise it")
         grids.append(Grid(dequantizer, codes, np.asarray(1 / factor, np.float32)))
     large = put(quantized, graph.arrays(original), grids, lambda bias: bias)
     if large:
-        raise StageError(f"quantize.factor {factor:g} makes {large} too large for int32: lower it")
+        raise StageError(f"quantize.grid.factor {factor:g} makes {large} too large for int32: lower it")
 
 
 def round_to_halves(quantized: onnx.ModelProto, original: onnx.ModelProto) -> None:

@@ -100,7 +100,7 @@ class Network(nn.Module):
         unknown = {node.op_type for node in self.nodes} - OPERATORS.keys()
         if unknown:
             raise StageError(
-                f"quantize.qat cannot train a network with {min(unknown)}: leave qat out for this backbone"
+                f"quantize.grid.qat cannot train a network with {min(unknown)}: choose kind int8 without qat"
             )
         self.image, self.result = (ends[0].name for ends in (quantized.graph.input, quantized.graph.output))
         self.weights = nn.ModuleDict()

@@ -88,8 +88,10 @@ def device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def make_deterministic(seed: int) -> None:
-    """Same inputs, same machine, same bytes."""
+def make_deterministic(seed: int, threads: int | None = None) -> None:
+    """Same inputs, same machine, same bytes; `threads` are as many as there are cores if None."""
+    if threads:
+        torch.set_num_threads(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)

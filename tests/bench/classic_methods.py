@@ -120,7 +120,9 @@ def measure(method: str, model: Path, on: Task) -> dict[str, Any]:
 
 def finish(method: str, source: Path, on: Task, factor: float | None = None) -> dict[str, Any]:
     """One run of a line: the float file quantized, reduced and measured."""
-    params = on.params.quantize.model_copy(update={"factor": factor})
+    params = on.params.quantize
+    if factor is not None:
+        params = params.model_copy(update={"grid": config.ByFactor(kind="factor", factor=factor)})
     images = quantize.calibration_images(on.folder / "train.parquet", on.spec.classes, params.calibration_images)
     quantized = calibration.quantize(source, images, on.spec.preprocessing, params)
     before, after = on.folder / "quantized.onnx", on.folder / "reduced.onnx"

@@ -99,6 +99,11 @@ QAT = {
         },
     },
 }
+# What goes together has been one key since the kinds of grids are.
+GRID = {
+    "quantize.percentile": QAT["quantize.percentile"],
+    "quantize.grid": {"kind": "int8", "codebook": 16, "qat": QAT["quantize.qat"]},
+}
 
 
 class Project:
