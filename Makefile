@@ -15,7 +15,7 @@ help:
 	@echo "make test                every test"
 	@echo "make coverage            every test, and which lines no test runs"
 	@echo "make check               ruff, mypy, documents in step with the code"
-	@echo "make bench               the last run's model beside its peers; budgets, ablation, scaling; LeNets; hours"
+	@echo "make bench               the last run's model beside its peers; budgets, ablation, scaling, bits; LeNets; hours"
 	@echo "make digits              the data of data/recipes/mlp-digits.yaml"
 
 run: setup
@@ -40,7 +40,7 @@ check: setup
 
 # One that misses its target does not keep the others from running.
 bench: digits
-	status=0; for name in peers budgets classic_methods deep_compression scaling ablation; do \
+	status=0; for name in peers budgets classic_methods deep_compression scaling ablation bits busy; do \
 	$(BIN)/python tests/bench/$$name.py || status=1; done; exit $$status
 
 setup: .venv/.ready

@@ -6,7 +6,7 @@ All convolutions run in integers, but for those that the plan leaves in float32 
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import onnx
@@ -15,9 +15,10 @@ from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX
 from tasks.budget.plan import read_plan
 from tasks.core import config, files, paths, shares
 from tasks.core.errors import StageError, run
-from tasks.graphs import calibration, channels, codebook, compact, graph, rounding
+from tasks.graphs import calibration, channels, codebook, compact, graph, precision, rounding
 from tasks.graphs.optimized import float_layers
 from tasks.images import splits
+from tasks.images.preprocessing import Preprocessing, preprocess
 from tasks.runtime import session
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tasks.nets import qat
 
 BATCH = 32
+SENSITIVITY_IMAGES = 128  # by which layers are compared
 MAX_QAT_GAP = 0.05  # of the spread of the logits: more, and PyTorch has another network than ONNX Runtime runs
 
 
@@ -47,10 +49,46 @@ def with_codebook(quantized: onnx.ModelProto, grid: config.Grid) -> onnx.ModelPr
     return model
 
 
+class Slim(NamedTuple):
+    """A quantized network without its dead channels, which is faster to run and to train."""
+
+    network: onnx.ModelProto
+    floats: dict[str, graph.Array]  # its weights before quantization, by their names
+    places: channels.Places  # where its constants are in the whole
+
+
+def slim_down(quantized: onnx.ModelProto, original: onnx.ModelProto) -> Slim:
+    """The network without what no answer depends on."""
+    slim, places = channels.cut(quantized)
+    floats = {
+        name: values[places.get(f"{name}{TENSOR_NAME_QUANT_SUFFIX}", ...)]
+        for name, values in graph.arrays(original).items()
+    }
+    return Slim(slim, floats, places)
+
+
+def choose_bits(
+    quantized: onnx.ModelProto,
+    original: onnx.ModelProto,
+    grid: config.Grid,
+    images: list[bytes],
+    preprocessing: Preprocessing,
+) -> dict[str, int]:
+    """How many bits the grid gives each layer's weights, by their names; empty if all have 8."""
+    if not isinstance(grid, config.Mixed):
+        return {}
+    slim = slim_down(quantized, original)
+    shown = np.stack([preprocess(image, preprocessing) for image in images[:SENSITIVITY_IMAGES]])
+    chosen = precision.choose_bits(slim.network, slim.floats, shown, grid.mean_bits)
+    told = ", ".join(f"{bits} bits in {list(chosen.values()).count(bits)}" for bits in sorted(set(chosen.values())))
+    print(f"layers by what fewer bits do to answers: {told}", flush=True)
+    return chosen
+
+
 def trainable(
-    quantized: onnx.ModelProto, floats: Mapping[str, graph.Array], images: "torch.Tensor", bits: int = 8
+    quantized: onnx.ModelProto, floats: Mapping[str, graph.Array], images: "torch.Tensor", bits: Mapping[str, int]
 ) -> "qat.Network":
-    """Return the quantized network in PyTorch; `floats` are its weights before quantization, by name.
+    """Return the quantized network in PyTorch; `floats` are its weights before quantization, by name, as are `bits`.
 
     `StageError` if PyTorch does not come to the logits that ONNX Runtime has for these images, float32 (B, C, H, W).
     """
@@ -68,12 +106,12 @@ def trainable(
 
 
 def train_qat(
-    quantized: onnx.ModelProto, params: config.Qat, levels: int | None, bits: int = 8
+    quantized: onnx.ModelProto, params: config.Qat, levels: int | None, bits: Mapping[str, int]
 ) -> list[dict[str, float]]:
     """Train the quantized network in place, with the pruned one as its teacher; returns the history.
 
-    It is trained without its dead channels, which is faster, and their places stay as they are. With `levels` each
-    weight tensor keeps to so many nonzero codes, with fewer `bits` than 8 to those that they hold.
+    It is trained without its dead channels, and their places stay as they are. With `levels` each weight tensor keeps
+    to so many nonzero codes; where `bits` has fewer than 8 for it, to those that they hold.
     """
     import torch
 
@@ -83,19 +121,16 @@ def train_qat(
     training.make_deterministic(params.training.seed, params.training.threads)
     begun = files.sha256_of(quantized.SerializeToString(deterministic=True))[:16]  # its scales are kept, too
     inputs = (paths.TRAIN, paths.VAL, paths.weights("prune"))
-    checkpoint = training.checkpoint_path(f"quantize-{levels}-{bits}-{begun}", *inputs, params=params, spec=spec)
+    checkpoint = training.checkpoint_path(f"quantize-{levels}-{begun}", *inputs, params=params, spec=spec)
     images, held_out = (training.Images(split, spec.preprocessing, spec.classes) for split in (paths.TRAIN, paths.VAL))
-    slim, places = channels.cut(quantized)
-    floats = {
-        name: values[places.get(f"{name}{TENSOR_NAME_QUANT_SUFFIX}", ...)]
-        for name, values in graph.arrays(onnx.load(paths.onnx("prune"))).items()
-    }
-    net = trainable(slim, floats, torch.stack([held_out[index][0] for index in range(min(len(held_out), 32))]), bits)
+    slim = slim_down(quantized, onnx.load(paths.onnx("prune")))
+    example = torch.stack([held_out[index][0] for index in range(min(len(held_out), 32))])
+    net = trainable(slim.network, slim.floats, example, bits)
     if levels:
         net.share_codes(levels)
     history = distillation.distill(net, teacher, params, images, held_out, checkpoint=checkpoint)
-    net.write(slim)
-    channels.paste(quantized, slim, places)
+    net.write(slim.network)
+    channels.paste(quantized, slim.network, slim.places)
     return history
 
 
@@ -103,15 +138,15 @@ def choose_model(
     quantized: onnx.ModelProto,
     original: onnx.ModelProto,
     grid: config.Grid,
+    bits: Mapping[str, int],
     val_top1: Callable[[onnx.ModelProto], float],
 ) -> tuple[onnx.ModelProto, list[dict[str, float]]]:
     """The calibrated model, or the trained one where calibration costs too much and training helps; and its history."""
     if grid.qat is None:
         return quantized, []
-    bits = grid.bits if isinstance(grid, config.FewBits) else 8
-    if bits < 8:
+    if bits:
         quantized = copy.deepcopy(quantized)
-        rounding.coarsen(quantized, original, bits)
+        rounding.coarsen(quantized, graph.arrays(original), bits)
     before, after = val_top1(original), val_top1(with_codebook(quantized, grid))
     print(f"val top-1 {before:.2%}, calibrated {after:.2%}", flush=True)
     if shares.subtract(before, after) <= grid.qat.max_top1_drop:
@@ -157,12 +192,13 @@ def main() -> None:
     lost: dict[str, int | float] = {}
     if isinstance(params.grid, config.ByFactor):
         factor = params.grid.factor
-        lost = rounding.lost(calibrated, original, factor)
+        lost = rounding.lost(calibrated, graph.arrays(original), factor)
         print(
             f"factor {factor:g}: of {lost['rounded_weights']:,} weights {lost['clipped_weights']:,} are clipped "
             f"and {lost['zeroed_weights']:,} become 0 ({lost['zeroed_share']:.1%})"
         )
-    quantized, history = choose_model(calibrated, original, params.grid, val_top1)
+    bits = choose_bits(calibrated, original, params.grid, images, preprocessing)
+    quantized, history = choose_model(calibrated, original, params.grid, bits, val_top1)
     final = with_codebook(quantized, params.grid)
     compact.round_biases(final)
     left = write(final, paths.onnx("quantize"), len(float32))
@@ -173,6 +209,7 @@ def main() -> None:
         "calibration_images": len(images),
         "float32": float32,
         "float_layers": len(left),
+        "bits": bits,
         "qat": history,
         "sensitivities": calibration.sensitivities(source, quantized, images, preprocessing),
         **lost,

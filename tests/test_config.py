@@ -221,11 +221,13 @@ def test_values_are_those_of_the_file(tmp_path: Path) -> None:
         ("{kind: int8}", "{kind: factor}", "quantize.grid.factor is missing"),
         ("{kind: int8}", "{kind: int7, codebook: 8}", "quantize.grid.codebook is not a parameter; known here: kind"),
         ("{kind: int8}", "{kind: int8, codebok: 8}", "grid.codebok is not a parameter; did you mean codebook?"),
-        ("{kind: int8}", "{kind: int4}", "quantize.grid.qat is missing"),
+        ("{kind: int8}", "{kind: mixed}", "quantize.grid.mean_bits is missing (1 more)"),
+        ("{kind: int8}", "{kind: mixed, mean_bits: 4}", "quantize.grid.qat is missing"),
+        ("{kind: int8}", "{kind: mixed, mean_bits: 1}", "grid.mean_bits: Input should be greater than or equal to 2"),
         (
             "{kind: int8}",
             "{kind: int3}",
-            "grid.kind must be one of 'int8', 'int7', 'int4', 'int2', 'factor', not 'int3'",
+            "grid.kind must be one of 'int8', 'int7', 'mixed', 'factor', not 'int3'",
         ),
         ("{kind: int8}", "{codebook: 8}", "quantize.grid.kind is missing"),
         ("{kind: int8}", "int8", "quantize.grid: Input should be a valid dictionary"),
@@ -269,7 +271,7 @@ def test_keys_of_sections_that_are_null_are_explained_too(tmp_path: Path) -> Non
     assert shown["prune.blocks"] == ("null", "")
     assert shown["prune.blocks.threshold"] == ("", "> 0, < 1")
     assert shown["prune.blocks.remove"] == ("", ">= 1")
-    assert shown["quantize.grid.kind"] == ("int4", "int8 | int7 | int4 | int2 | factor")
+    assert shown["quantize.grid.kind"] == ("mixed", "int8 | int7 | mixed | factor")
     assert shown["quantize.grid.qat.max_top1_drop"] == ("0.0", ">= 0, <= 1")
     assert shown["quantize.grid.factor"] == ("", ">= 1e-06, <= 1e+06")
     given = config.load(write_changed(tmp_path, "blocks: null", "blocks: {threshold: 0.3}"))

@@ -3,6 +3,8 @@
 import copy
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CALIBRATION, CLASSES, MASKED, Network, Repository
+from conftest import CALIBRATION, CLASSES, MASKED, ROOT, Network, Repository
 from onnx import helper, numpy_helper
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -49,7 +51,7 @@ NARROW = CALIBRATION.model_copy(update={"percentile": 55.0})  # ranges so narrow
 @pytest.mark.parametrize("name", MASKED)
 def test_pytorch_answers_as_onnx_runtime_does(name: str, networks: Callable[[str], Network]) -> None:
     network = networks(name)
-    net = qat.Network(network.quantized, graph.arrays(onnx.load(network.path)))
+    net = qat.Network(network.quantized, graph.arrays(onnx.load(network.path)), {})
     images = torch.randn(8, *network.preprocessing.shape)
     with torch.inference_mode():
         found = net.eval()(images).numpy()
@@ -68,7 +70,7 @@ def test_whatever_training_leaves_is_reduced_without_changing_a_bit(
 ) -> None:
     """Weights far from where they began stand for any training; what was zero is zero still."""
     network = networks(name)
-    net = qat.Network(network.quantized, graph.arrays(onnx.load(network.path)))
+    net = qat.Network(network.quantized, graph.arrays(onnx.load(network.path)), {})
     torch.manual_seed(0)
     with torch.no_grad():
         for values in net.parameters():
@@ -128,7 +130,7 @@ class Case:
         """Train the model's weights, in place; some of those before quantization may be given otherwise."""
         before = graph.arrays(onnx.load(self.root / self.path)) | dict(floats)
         images, params = [self.images(name) for name in ("train", "val")], config.Qat.model_validate(QAT)
-        net = trainable(model, before, self.tensors("val")[:32])
+        net = trainable(model, before, self.tensors("val")[:32], {})
         if levels:
             net.share_codes(levels)
         history = distillation.distill(net, self.teacher, params, *images, checkpoint=self.root / "checkpoint.pt")
@@ -184,12 +186,13 @@ def test_training_brings_top1_back_and_zeros_and_scales_stay(case: Case) -> None
 
 def test_the_stage_keeps_the_calibrated_model_where_training_makes_it_worse(repository: Repository) -> None:
     case = Case(repository.root)
-    case.lay(repository, qat=QAT | {"training": SCHEDULE | {"epochs": 1, "learning_rate": 50.0}})
+    worse = QAT | {"training": SCHEDULE | {"epochs": 1, "learning_rate": 50.0}}
+    case.lay(repository, grid={"kind": "int8", "qat": worse})
     done = repository.run("quantize")
     assert (done.returncode, done.stderr) == (0, "")
     assert "training on the int8 grid has made it worse: the calibrated model stays" in done.stdout
     kept = repository.model("quantize").read_bytes()
-    case.lay(repository, qat=None)
+    case.lay(repository, grid={"kind": "int8"})
     assert repository.run("quantize").returncode == 0
     assert repository.model("quantize").read_bytes() == kept
 
@@ -218,7 +221,7 @@ def test_an_operator_that_is_not_known_is_told(case: Case) -> None:
     with pytest.raises(
         StageError, match=r"quantize\.grid\.qat cannot train a network with Softplus: choose kind int8 without"
     ):
-        qat.Network(model, {})
+        qat.Network(model, {}, {})
 
 
 def test_a_network_that_pytorch_runs_otherwise_is_refused(case: Case) -> None:
@@ -229,20 +232,27 @@ def test_a_network_that_pytorch_runs_otherwise_is_refused(case: Case) -> None:
         case.train(model, floats={name: -floats[name]})
 
 
+def of_all_but_the_last(model: onnx.ModelProto, bits: int) -> dict[str, int]:
+    """So many bits for each layer by the name of its weights, but for the last."""
+    dequantized = graph.Constants(model).dequantized
+    read = [node.input[1] for node in model.graph.node if node.op_type in graph.WEIGHTED]
+    return {rounding.float_name(dequantized[name]): bits for name in read[:-1] if name in dequantized}
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("name", MASKED)
 def test_few_bits_hold_the_codes_of_all_but_the_last_layer(
     name: str, bits: int, networks: Callable[[str], Network]
 ) -> None:
     network = networks(name)
-    coarse, original = onnx.ModelProto(), onnx.load(network.path)
+    coarse, floats = onnx.ModelProto(), graph.arrays(onnx.load(network.path))
     coarse.CopyFrom(network.quantized)
-    rounding.coarsen(coarse, original, bits)
+    rounding.coarsen(coarse, floats, of_all_but_the_last(coarse, bits))
     found, before = codes_of(coarse), codes_of(network.quantized)
     assert all(0 < abs(codes.astype(int)).max() < 2 ** (bits - 1) for codes in found[:-1] if codes.any())
     assert np.array_equal(found[-1], before[-1])
     assert all(not codes[old == 0].any() for codes, old in zip(found, before, strict=True))
-    net = qat.Network(coarse, graph.arrays(original), bits)
+    net = qat.Network(coarse, floats, of_all_but_the_last(coarse, bits))
     images = torch.randn(4, *network.preprocessing.shape)
     with torch.inference_mode():
         answered = net(images).numpy()
@@ -259,7 +269,7 @@ def test_what_is_trained_without_dead_channels_goes_back_to_its_places(
     slim, places = channels.cut(model)
     suffix = "_quantized"
     floats = {one: values[places.get(one + suffix, ...)] for one, values in original.items()}
-    net = qat.Network(slim, floats, bits=4)
+    net = qat.Network(slim, floats, of_all_but_the_last(slim, 4))
     torch.manual_seed(0)
     with torch.no_grad():
         for values in net.parameters():
@@ -277,12 +287,13 @@ def zip_tensors(one: onnx.ModelProto, other: onnx.ModelProto) -> list[tuple[onnx
 
 def test_the_stage_trains_weights_of_two_bits(repository: Repository) -> None:
     case = Case(repository.root)
-    case.lay(repository, percentile=99.99, grid={"kind": "int2", "qat": QAT})
+    case.lay(repository, percentile=99.99, grid={"kind": "mixed", "mean_bits": 2, "qat": QAT})
     done = repository.run("quantize")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(repository.report("quantize").read_text())
     model = onnx.load(repository.model("quantize"))
     assert len(report["qat"]) == SCHEDULE["epochs"]
+    assert set(report["bits"].values()) == {2}
     assert all(abs(codes.astype(int)).max() <= 1 for codes in codes_of(model)[:-1])
     constants = graph.Constants(model)
     for node in model.graph.node:
@@ -290,7 +301,8 @@ def test_the_stage_trains_weights_of_two_bits(repository: Repository) -> None:
             steps = numpy_helper.to_array(constants.tensors[constants.dequantized[node.input[1]].input[1]])
             assert np.array_equal(steps, steps.astype(np.float16).astype(np.float32))
     coarse = case.quantized(NARROW.model_copy(update={"percentile": 99.99}))
-    rounding.coarsen(coarse, onnx.load(case.root / case.path), 2)
+    floats = graph.arrays(onnx.load(case.root / case.path))
+    rounding.coarsen(coarse, floats, of_all_but_the_last(coarse, 2))
     ready = session.open_session(coarse.SerializeToString(), 1)
     labels = np.asarray(case.images("val").labels)
     before = (session.logits(ready, case.tensors("val").numpy()).argmax(1) == labels).mean()
@@ -324,3 +336,23 @@ def test_trained_epochs_are_kept_until_the_results_are_written(repository: Repos
     done = repository.run("quantize")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"resuming after epoch {SCHEDULE['epochs']}" in done.stdout
+
+
+def test_the_bench_of_bits_runs(repository: Repository) -> None:
+    case = Case(repository.root)
+    digits = load_digits(n_class=len(CLASSES))
+    case.write("test", digits.images[512:], digits.target[512:])
+    case.lay(repository, percentile=99.99, grid={"kind": "mixed", "mean_bits": 4, "qat": QAT})
+    command = [sys.executable, str(ROOT / "tests/bench/bits.py"), "--seeds", "2"]
+    done = subprocess.run([*command, "--row", "3 bits on average"], cwd=case.root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    int8, few = done.stdout.splitlines()[-2:]
+    assert int8.split()[0] == "int8"
+    assert "3 bits on average" in few
+    table = json.loads((case.root / "data/reports/bench/bits.json").read_text())["rows"]
+    assert [len(rows) for rows in table.values()] == [1, 2]
+    assert all(row["size_bytes"] < table["int8"][0]["size_bytes"] for row in table["3 bits on average"])
+    assert all(row["top1"] > 0.8 for rows in table.values() for row in rows)
+    done = subprocess.run([*command, "--row", "9 bits"], cwd=case.root, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "there is no row '9 bits'; there are: int8, not packed, int8, int8, trained, 5 bits" in done.stderr

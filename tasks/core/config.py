@@ -277,16 +277,15 @@ class Int7(Section):
     qat: ClassVar[None] = None
 
 
-class FewBits(Section):
-    """Codes of 4 or 2 bits in all layers but the last, which pack better; calibration alone would cost too much."""
+class Mixed(Section):
+    """Codes of 8, 4 or 2 bits, by layer; calibration alone would cost too much."""
 
-    kind: Literal["int4", "int2"]
+    kind: Literal["mixed"]
     codebook: ClassVar[None] = None
+    mean_bits: Annotated[float, Field(ge=2, le=8)] = Field(
+        description="mixed: of a weight, but for the last layer; each layer has 8, 4 or 2, by what they do to answers"
+    )
     qat: Qat
-
-    @property
-    def bits(self) -> int:
-        return int(self.kind.removeprefix("int"))
 
 
 class ByFactor(Section):
@@ -300,7 +299,7 @@ class ByFactor(Section):
     qat: ClassVar[None] = None
 
 
-Grid = Int8 | Int7 | FewBits | ByFactor
+Grid = Int8 | Int7 | Mixed | ByFactor
 
 
 class Quantize(Section):
@@ -311,7 +310,7 @@ class Quantize(Section):
     grid: Grid = Field(
         Int8(),
         discriminator="kind",
-        description="what weights are rounded to, all but the last layer's if int4 or int2",
+        description="what weights are rounded to",
     )
 
 

@@ -90,9 +90,9 @@ def quantize(
     onnx.helper.set_model_props(quantized, properties)
     check_scales(quantized)
     if not isinstance(params.grid, config.ByFactor):
-        rounding.round_to_halves(quantized, original)
+        rounding.round_to_halves(quantized, graph.arrays(original))
     else:
-        rounding.apply(quantized, original, params.grid.factor)
+        rounding.apply(quantized, graph.arrays(original), params.grid.factor)
     return quantized
 
 

@@ -26,51 +26,54 @@ class Grid(NamedTuple):
     step: Array
 
 
-def apply(quantized: onnx.ModelProto, original: onnx.ModelProto, factor: float) -> None:
+def apply(quantized: onnx.ModelProto, floats: Mapping[str, Array], factor: float) -> None:
     """Make every int8 weight round(w * factor), clipped to -127..127, with the one scale 1 / factor, in place.
 
-    Biases follow. `StageError` if nothing would be left of a layer's weights, or if a bias is too large for int32.
+    `floats` are the weights and biases before quantization by their names, here and below. Biases follow. `StageError`
+    if nothing would be left of a layer's weights, or if a bias is too large for int32.
     """
     grids = []
-    for dequantizer, weights in round_weights(quantized, original):
+    for dequantizer, weights in round_weights(quantized, floats):
         codes = np.rint(weights * factor).clip(-LARGEST, LARGEST).astype(np.int8)
         if weights.any() and not codes.any():
-            raise StageError(f"quantize.grid.factor {factor:g} leaves nothing of {_name(dequantizer)}: raise it")
+            raise StageError(f"quantize.grid.factor {factor:g} leaves nothing of {float_name(dequantizer)}: raise it")
         grids.append(Grid(dequantizer, codes, np.asarray(1 / factor, np.float32)))
-    large = put(quantized, graph.arrays(original), grids, lambda bias: bias)
+    large = put(quantized, floats, grids, lambda bias: bias)
     if large:
         raise StageError(f"quantize.grid.factor {factor:g} makes {large} too large for int32: lower it")
 
 
-def round_to_halves(quantized: onnx.ModelProto, original: onnx.ModelProto) -> None:
+def round_to_halves(quantized: onnx.ModelProto, floats: Mapping[str, Array]) -> None:
     """Let float16 hold the steps of weights, the biases, and the values of layers in float, in place.
 
     Then 16 bits of each are exact in the file. A step is rounded up, so that nothing is clipped that was not. Weights
     with a step under LEAST_HALF keep theirs.
     """
-    constants, floats, grids = graph.initializers(quantized), graph.initializers(original), []
-    for dequantizer, weights in round_weights(quantized, original):
+    constants, grids = graph.initializers(quantized), []
+    for dequantizer, weights in round_weights(quantized, floats):
         codes, step = (numpy_helper.to_array(constants[name]) for name in dequantizer.input[:2])
         rounded, most = half_above(step), int(abs(codes.astype(int)).max())
         if rounded.min() < LEAST_HALF:
             continue
         codes = np.rint(weights / rounded.reshape(_shape(dequantizer, codes, step))).clip(-most, most).astype(np.int8)
         grids.append(Grid(dequantizer, codes, rounded))
-    put_halves(quantized, graph.arrays(original), grids)
+    put_halves(quantized, floats, grids)
     for tensor in quantized.graph.initializer:
         if tensor.name in floats and tensor.data_type == onnx.TensorProto.FLOAT:
             tensor.CopyFrom(numpy_helper.from_array(as_half(numpy_helper.to_array(tensor)), tensor.name))
 
 
-def coarsen(quantized: onnx.ModelProto, original: onnx.ModelProto, bits: int) -> None:
-    """Put all weights but the last layer's on grids of so few bits, in place.
+def coarsen(quantized: onnx.ModelProto, floats: Mapping[str, Array], bits: Mapping[str, int]) -> None:
+    """Put weights on grids of fewer than 8 bits, by their names in float, in place.
 
     Codes are from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1; the step of each channel is the one of TRIED shares of its
     range with the least squared error.
     """
     constants, grids = graph.initializers(quantized), []
-    largest = 2 ** (bits - 1) - 1
-    for dequantizer, weights in round_weights(quantized, original)[:-1]:
+    for dequantizer, weights in round_weights(quantized, floats):
+        largest = largest_code(bits.get(float_name(dequantizer), 8))
+        if largest == LARGEST:
+            continue
         codes, step = (numpy_helper.to_array(constants[name]) for name in dequantizer.input[:2])
         shape = _shape(dequantizer, codes, step)
         others = tuple(axis for axis, size in enumerate(shape) if size == 1)
@@ -80,7 +83,12 @@ def coarsen(quantized: onnx.ModelProto, original: onnx.ModelProto, bits: int) ->
         found = np.reshape(tried, (len(TRIED), -1))[best, np.arange(len(best))].astype(np.float32)
         codes = np.rint(weights / found.reshape(shape)).clip(-largest, largest).astype(np.int8)
         grids.append(Grid(dequantizer, codes, found.reshape(step.shape)))
-    put_halves(quantized, graph.arrays(original), grids)
+    put_halves(quantized, floats, grids)
+
+
+def largest_code(bits: int) -> int:
+    """The largest code of a grid of so many bits, on which zero is in the middle."""
+    return (1 << bits - 1) - 1
 
 
 def _shape(dequantizer: onnx.NodeProto, codes: Array, step: Array) -> list[int]:
@@ -139,33 +147,33 @@ def put(
             numpy_helper.to_array(constants.tensors[name]) for name in (*bias.input[:2], makers[node.input[0]].input[1])
         )
         # ONNX Runtime gives a bias that layers share to each under a new name; then what it made of it has to do.
-        exact = floats[_name(bias)] if _name(bias) in floats else codes * old
+        exact = floats[float_name(bias)] if float_name(bias) in floats else codes * old
         step = np.asarray(source * steps[node.input[1]], np.float32)
         codes = np.rint(of_bias(exact).astype(np.float64) / step)
         if abs(codes).max() > np.iinfo(np.int32).max:
-            return _name(bias)
+            return float_name(bias)
         write(Grid(bias, codes.astype(np.int32), step))
     return None
 
 
 def round_weights(
-    quantized: onnx.ModelProto, original: onnx.ModelProto
+    quantized: onnx.ModelProto, floats: Mapping[str, Array]
 ) -> list[tuple[onnx.NodeProto, npt.NDArray[Any]]]:
     """What dequantizes each int8 weight of convolutions and matrix products, and its float64 values before."""
-    dequantized, floats = graph.Constants(quantized).dequantized, graph.initializers(original)
+    dequantized = graph.Constants(quantized).dequantized
     read = {node.input[1]: None for node in quantized.graph.node if node.op_type in graph.WEIGHTED}
     found = [dequantized[name] for name in read if name in dequantized]
-    return [(node, numpy_helper.to_array(floats[_name(node)]).astype(np.float64)) for node in found]
+    return [(node, floats[float_name(node)].astype(np.float64)) for node in found]
 
 
-def _name(dequantizer: onnx.NodeProto) -> str:
+def float_name(dequantizer: onnx.NodeProto) -> str:
     """The name that the constant had in float."""
     return str(dequantizer.input[0]).removesuffix(TENSOR_NAME_QUANT_SUFFIX)
 
 
-def lost(quantized: onnx.ModelProto, original: onnx.ModelProto, factor: float) -> dict[str, int | float]:
+def lost(quantized: onnx.ModelProto, floats: Mapping[str, Array], factor: float) -> dict[str, int | float]:
     """Of the int8 weights that are not zero: how many there are, how many the factor clips, how many become zero."""
-    exact = np.concatenate([np.rint(w[w != 0] * factor) for _, w in round_weights(quantized, original)])
+    exact = np.concatenate([np.rint(w[w != 0] * factor) for _, w in round_weights(quantized, floats)])
     clipped, zeroed = int((abs(exact) > LARGEST).sum()), int((exact == 0).sum())
     return {
         "rounded_weights": exact.size,

@@ -95,12 +95,32 @@ def decode(data: bytes, preprocessing: Preprocessing) -> Image.Image:
 
 def preprocess(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
     """Decode an image and return the network's input, float32 (C, H, W)."""
+    return normalize(fit(data, preprocessing), preprocessing)
+
+
+def fit(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Decode an image and return it in the network's size, uint8 (C, H, W)."""
     size = (preprocessing.size, preprocessing.size)
     image = ImageOps.fit(decode(data, preprocessing), size, Image.Resampling.BILINEAR)
-    pixels = np.asarray(image, dtype=np.float32).reshape(*size, preprocessing.channels) / 255
+    pixels = np.asarray(image).reshape(*size, preprocessing.channels)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def normalize(pixels: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+    """What `fit` returns as the network takes it, float32 (C, H, W)."""
+    levels = _levels(preprocessing)
+    found = np.empty(pixels.shape, np.float32)
+    for channel, values in enumerate(levels):
+        np.take(values, pixels[channel], out=found[channel], mode="clip")  # "raise" would make a copy first
+    return found
+
+
+@functools.cache
+def _levels(preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+    """What each of the 256 levels becomes, float32 (C, 256): looked up in a quarter of the time that it takes."""
+    levels = np.arange(256, dtype=np.float32)[:, np.newaxis] / 255
     mean, std = (np.asarray(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
-    normal = (pixels - mean) / std
-    return np.ascontiguousarray(normal.transpose(2, 0, 1), dtype=np.float32)
+    return np.ascontiguousarray(((levels - mean) / std).T)
 
 
 def description(preprocessing: Preprocessing) -> dict[str, object]:

@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
-from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -88,12 +87,12 @@ class Weight(nn.Module):
 class Network(nn.Module):
     """The network of a QDQ file: from images, float32 (B, C, H, W), to logits, float32 (B, classes), as int8 has them.
 
-    `floats` are the weights before quantization, by name; with less than 8 `bits` the codes of all but the last layer
-    are as `rounding.coarsen` makes them, and their steps are trained. `StageError` if the file has an operator that is
-    not known here.
+    `floats` are the weights before quantization, by name; where `bits` has fewer than 8 for one, its codes are as
+    `rounding.coarsen` makes them, and its steps are trained. `StageError` if the file has an operator that is not known
+    here.
     """
 
-    def __init__(self, quantized: onnx.ModelProto, floats: Mapping[str, graph.Array], bits: int = 8) -> None:
+    def __init__(self, quantized: onnx.ModelProto, floats: Mapping[str, graph.Array], bits: Mapping[str, int]) -> None:
         super().__init__()
         constants = graph.Constants(quantized)
         self.nodes = [node for node in quantized.graph.node if node.output[0] not in constants.dequantized]
@@ -104,19 +103,17 @@ class Network(nn.Module):
             )
         self.image, self.result = (ends[0].name for ends in (quantized.graph.input, quantized.graph.output))
         self.weights = nn.ModuleDict()
-        weights = [node.input[1] for node in self.nodes if node.op_type in graph.WEIGHTED]
-        weights = [name for name in weights if name in constants.dequantized]
         self.keys: dict[str, str] = {}  # by the name of a tensor, that of its weight or buffer; dots are not allowed
         for name, tensor in constants.tensors.items():
             self._fix(name, numpy_helper.to_array(tensor))
         for name, node in constants.dequantized.items():
-            original = floats.get(node.input[0].removesuffix(TENSOR_NAME_QUANT_SUFFIX))
+            original = floats.get(rounding.float_name(node))
             if original is None:
                 self._fix(name, graph.meaning(node, constants))
                 continue
             axis = int(graph.attribute(node, "axis", 1)) % original.ndim
             scale = torch.tensor(numpy_helper.to_array(constants.tensors[node.input[1]]))
-            largest = 2 ** (bits - 1) - 1 if name in weights[:-1] else LARGEST
+            largest = rounding.largest_code(bits.get(rounding.float_name(node), 8))
             self.keys[name] = f"weight{len(self.keys)}"
             self.weights[self.keys[name]] = Weight(torch.tensor(original), scale, axis, largest)
 
@@ -151,7 +148,7 @@ class Network(nn.Module):
             if weight.is_bias:
                 exact = (weight.values * weight.kept).nan_to_num()  # training that fails is told by its top-1
                 most = weight.scale * 2.0**30
-                floats[node.input[0].removesuffix(TENSOR_NAME_QUANT_SUFFIX)] = exact.clamp(-most, most).numpy()
+                floats[rounding.float_name(node)] = exact.clamp(-most, most).numpy()
                 continue
             weight.hold_step()
             step = weight.scale.numpy().reshape(tuple(tensors[node.input[1]].dims))

@@ -1,8 +1,10 @@
 """The training loop that fine-tuning and recovery share: deterministic, resumable, with its history."""
 
 import copy
+import functools
 import hashlib
 import io
+import math
 import os
 import pickle
 import time
@@ -10,6 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,9 +24,11 @@ from tasks.core import config, files, paths
 from tasks.core.errors import StageError
 from tasks.core.progress import track
 from tasks.images import splits
-from tasks.images.preprocessing import Preprocessing, batch_of, decode, preprocess
+from tasks.images.preprocessing import Preprocessing, batch_of, decode, normalize
+from tasks.images.preprocessing import fit as fit_image
 from tasks.nets.backbone import Spec
 
+Pixels = npt.NDArray[np.uint8]  # (C, H, W)
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, logits, labels -> scalar
 
 
@@ -40,6 +46,7 @@ class Labelled(Protocol):
 
 
 EVALUATION_BATCH = 250
+KEPT_BYTES = 2**29  # of pixels; a split that has more is decoded in every epoch
 
 
 class Images:
@@ -50,7 +57,9 @@ class Images:
     ) -> None:
         self.images, self.labels = splits.read(path, classes)
         self.preprocessing = preprocessing
-        self.prepare = _make_augmentation(augment, preprocessing) if augment else _plain(preprocessing)
+        self.pixels = _reader(preprocessing, len(self.images))
+        plain = _plain(preprocessing, self.pixels)
+        self.prepare = _make_augmentation(augment, preprocessing, self.pixels) if augment else plain
 
     def __len__(self) -> int:
         return len(self.images)
@@ -61,18 +70,26 @@ class Images:
     def with_augmentation(self, augment: config.Augment) -> "Images":
         """The same images, changed at random each time."""
         other = copy.copy(self)
-        other.prepare = _make_augmentation(augment, self.preprocessing)
+        other.prepare = _make_augmentation(augment, self.preprocessing, self.pixels)
         return other
 
 
-def _plain(preprocessing: Preprocessing) -> Callable[[bytes], Tensor]:
-    return lambda data: torch.from_numpy(preprocess(data, preprocessing))
+def _reader(preprocessing: Preprocessing, count: int) -> Callable[[bytes], Pixels]:
+    """What decodes an image, and remembers it where that many of them fit."""
+    read = functools.partial(fit_image, preprocessing=preprocessing)
+    return functools.cache(read) if count * math.prod(preprocessing.shape) <= KEPT_BYTES else read
 
 
-def _make_augmentation(augment: config.Augment, preprocessing: Preprocessing) -> Callable[[bytes], Tensor]:
+def _plain(preprocessing: Preprocessing, pixels: Callable[[bytes], Pixels]) -> Callable[[bytes], Tensor]:
+    return lambda data: torch.from_numpy(normalize(pixels(data), preprocessing))
+
+
+def _make_augmentation(
+    augment: config.Augment, preprocessing: Preprocessing, pixels: Callable[[bytes], Pixels]
+) -> Callable[[bytes], Tensor]:
     flip, erase = v2.RandomHorizontalFlip(augment.flip), v2.RandomErasing(augment.erase)
     if augment.crop_scale == 1:  # what evaluation sees; v2's crop takes thrice as long to make it
-        plain = _plain(preprocessing)
+        plain = _plain(preprocessing, pixels)
         return lambda data: erase(flip(plain(data)))
     crop = v2.RandomResizedCrop(preprocessing.size, scale=(augment.crop_scale, 1.0))
     in_range = v2.ToDtype(torch.float32, scale=True)

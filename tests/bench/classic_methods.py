@@ -129,7 +129,8 @@ def finish(method: str, source: Path, on: Task, factor: float | None = None) -> 
     onnx.save(quantized, before)
     onnx.save(reduce.reduce(quantized)[0], after)
     reduce.prove(before, after, on.folder / "test.parquet", threads=1)
-    return measure(method, after, on) | (rounding.lost(quantized, onnx.load(source), factor) if factor else {})
+    lost = rounding.lost(quantized, graph.arrays(onnx.load(source)), factor) if factor else {}
+    return measure(method, after, on) | lost
 
 
 @torch.no_grad()

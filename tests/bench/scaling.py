@@ -148,7 +148,7 @@ def exact() -> dict[str, Any]:
 
     calibrated = onnx.load(paths.onnx("quantize"))
     trained = onnx.load(paths.onnx("quantize"))
-    quantize.train_qat(trained, QAT, None)
+    quantize.train_qat(trained, QAT, None, bits={})
     preprocessing, _ = session.description(session.open_session(paths.onnx("quantize"), threads=1))
     images = next(splits.images(paths.TEST, preprocessing, SPLITS["test"]))
     found: dict[str, Any] = {level: {} for level in LEVELS}
