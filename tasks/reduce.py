@@ -88,7 +88,7 @@ def reduce_file(source: Path, target: Path, pack: bool = True) -> dict[str, Any]
     """
     if not source.is_file():
         raise StageError(f"{source} is no file: name a quantized ONNX file")
-    first, size = session.open_session(source, threads=1), source.stat().st_size
+    first, size = session.open_session(source, threads=1), _size_on_disk(source)
     inputs = _random_inputs(source, first)
     original = packing.unpack(onnx.load(source))
     if any(one.HasField("g") or one.graphs for node in original.graph.node for one in node.attribute):
@@ -104,6 +104,13 @@ def reduce_file(source: Path, target: Path, pack: bool = True) -> dict[str, Any]
     files.write_bytes(target, model.SerializeToString())
     sizes = {"size_bytes_before": size, "size_bytes_after": target.stat().st_size}
     return {"bit_identical_inputs": len(inputs), **sizes, **record}
+
+
+def _size_on_disk(source: Path) -> int:
+    """Bytes of an ONNX file, with those of the files beside it that hold its tensors."""
+    tensors = onnx.load(source, load_external_data=False).graph.initializer
+    entries = [entry for tensor in tensors for entry in tensor.external_data if entry.key == "location"]
+    return sum(path.stat().st_size for path in {source, *(source.parent / entry.value for entry in entries)})
 
 
 def _random_inputs(source: Path, opened: ort.InferenceSession) -> list[session.Images]:

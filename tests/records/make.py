@@ -102,7 +102,7 @@ QAT = {
 # What goes together has been one key since the kinds of grids are.
 GRID = {
     "quantize.percentile": QAT["quantize.percentile"],
-    "quantize.grid": {"kind": "int8", "codebook": 16, "qat": QAT["quantize.qat"]},
+    "quantize.grid": {"kind": "mixed", "mean_bits": 4, "qat": QAT["quantize.qat"]},
 }
 
 
@@ -231,6 +231,7 @@ RECORDS = {
     "eae514a": Record(BUDGET | BALANCED),
     "904e84e": Record(BUDGET | BALANCED),
     "f93ee6c": Record(BUDGET | BALANCED | {"gate.min_balanced_accuracy": 0.4}),
+    "2a4ab69": Record(BUDGET | BALANCED | GRID | {"finetune.training.threads": 1}),
 }
 
 
