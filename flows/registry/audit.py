@@ -99,7 +99,7 @@ def _check_splits(
 
     def known(link: Link, *, of_the_run: bool = False) -> "pa.Table | None":
         try:
-            return splits.read_cached(store.cached, made[link.commit], of_the_run=of_the_run)
+            return splits.read_intact(store.find, made[link.commit], of_the_run=of_the_run)
         except WeighinError as error:
             report.noting(link.name, "artifact", link.commit)(str(paths.LEDGER), "a ledger of splits", str(error))
             return None

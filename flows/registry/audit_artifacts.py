@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 
 from flows import dvc_bridge
@@ -23,6 +24,17 @@ class Store:
         self.cached = dvc_bridge.cache(root)
         self.remote = dvc_bridge.remote(root) if remotely else None
         self.known: dict[tuple[str, bool], tuple[str | None, str | None]] = {}
+        self.fetched = tempfile.TemporaryDirectory(prefix="weighin-") if remotely else None
+
+    def find(self, material: Material) -> Path | None:
+        """An intact copy of the artifact out of the cache or, if wanted, the remote; None if there is none."""
+        here = self.cached(material.md5)
+        if not here.is_file() and self.remote and self.fetched:
+            here = Path(self.fetched.name) / material.md5
+            with contextlib.suppress(FileNotFoundError), self.remote(material.md5) as file:
+                here.write_bytes(file.read())
+        intact = here.is_file() and material.kind_of_hash(files.md5(here), files.sha256(here)) == material.hash
+        return here if intact else None
 
     def check(self, link: Link, outputs: tuple[Material, ...], erased: dict[str, int]) -> None:
         """Every artifact of the decision is there, and hashes to what was recorded.

@@ -56,10 +56,10 @@ def require_grown(root: Path, links: Iterable[Link], model: str, outputs: tuple[
         )
 
 
-def read_cached(
-    cached: Callable[[str], Path], outputs: tuple[Material, ...], *, of_the_run: bool = False
+def read_intact(
+    find: Callable[[Material], Path | None], outputs: tuple[Material, ...], *, of_the_run: bool = False
 ) -> pa.Table | None:
-    """The ledger among these outputs, or what the manifest stands for; None if it is not intact in the cache.
+    """The ledger among these outputs, or what the manifest stands for; None if `find` has no intact file.
 
     With `of_the_run` always the latter: the ledger has images of earlier runs, too.
     """
@@ -68,10 +68,8 @@ def read_cached(
         material = _find(outputs, path)
         if material is None:
             continue
-        here = cached(material.md5)
-        if not here.is_file() or material.kind_of_hash(files.md5(here), files.sha256(here)) != material.hash:
-            return None
-        return read(here)
+        intact = find(material)
+        return read(intact) if intact else None
     return None
 
 

@@ -100,10 +100,7 @@ QAT = {
     },
 }
 # What goes together has been one key since the kinds of grids are.
-GRID = {
-    "quantize.percentile": QAT["quantize.percentile"],
-    "quantize.grid": {"kind": "mixed", "mean_bits": 4, "qat": QAT["quantize.qat"]},
-}
+GRID = {"quantize.grid": {"kind": "mixed", "mean_bits": 4, "qat": QAT["quantize.qat"]}}
 
 
 class Project:
