@@ -66,7 +66,7 @@ def main() -> None:
         raise StageError(f"{paths.report('validate')} says that the data did not pass: nothing is trained on it")
     training.make_deterministic(params.finetune.training.seed, params.finetune.training.threads)
     net, spec = start(params)
-    checkpoint = training.checkpoint_path("finetune", paths.TRAIN, paths.VAL, params=params.finetune, spec=spec)
+    checkpoint = training.checkpoint_path("finetune", paths.TRAIN, paths.VAL, described_by=(params.finetune, spec))
     metrics, history = finetune(net, spec, params.finetune, paths.TRAIN, paths.VAL, checkpoint)
     backbone.save(net, spec, paths.weights("finetune"), paths.spec("finetune"))
     export(net, spec, paths.onnx("finetune"))

@@ -294,7 +294,7 @@ def main() -> None:
     recovery = params.recovery.training if params.recovery else None
     training.make_deterministic(recovery.seed if recovery else 0, recovery.threads if recovery else None)
     inputs = (paths.TRAIN, paths.VAL, paths.weights("finetune"))
-    checkpoint = training.checkpoint_path("prune", *inputs, params=params, spec=spec)
+    checkpoint = training.checkpoint_path("prune", *inputs, described_by=(params, spec))
     if budget:
         table = costs.read(paths.DEVICE)
         net, plan, history = compress(teacher, spec, budget, params, table, paths.TRAIN, paths.VAL, checkpoint)

@@ -110,20 +110,23 @@ def train_qat(
 ) -> list[dict[str, float]]:
     """Train the quantized network in place, with the pruned one as its teacher; returns the history.
 
-    It is trained without its dead channels, and their places stay as they are. With `levels` each weight tensor keeps
+    Both are without their dead channels, whose places stay as they are. With `levels` each weight tensor keeps
     to so many nonzero codes; where `bits` has fewer than 8 for it, to those that they hold.
     """
     import torch
 
-    from tasks.nets import backbone, distillation, training  # torch, which nothing else here needs
+    from tasks.nets import distillation, qat, training  # torch, which nothing else here needs
 
-    teacher, spec = backbone.load(paths.weights("prune"), paths.spec("prune"))
+    source = paths.onnx("prune")
+    preprocessing, classes = session.description(session.open_session(source, threads=1))
     training.make_deterministic(params.training.seed, params.training.threads)
     begun = files.sha256_of(quantized.SerializeToString(deterministic=True))[:16]  # its scales are kept, too
-    inputs = (paths.TRAIN, paths.VAL, paths.weights("prune"))
-    checkpoint = training.checkpoint_path(f"quantize-{levels}-{begun}", *inputs, params=params, spec=spec)
-    images, held_out = (training.Images(split, spec.preprocessing, spec.classes) for split in (paths.TRAIN, paths.VAL))
-    slim = slim_down(quantized, onnx.load(paths.onnx("prune")))
+    inputs = (paths.TRAIN, paths.VAL, source)
+    checkpoint = training.checkpoint_path(f"quantize-{levels}-{begun}", *inputs, described_by=(params,))
+    images, held_out = (training.Images(split, preprocessing, classes) for split in (paths.TRAIN, paths.VAL))
+    original = onnx.load(source)
+    slim = slim_down(quantized, original)
+    teacher = qat.Network(channels.cut(original)[0], {}, {})
     example = torch.stack([held_out[index][0] for index in range(min(len(held_out), 32))])
     net = trainable(slim.network, slim.floats, example, bits)
     if levels:

@@ -68,7 +68,7 @@ def read_sections(body: ast.FunctionDef) -> set[str]:
 
 # What a stage imports inside a function, since few runs need it.
 SELDOM = {
-    "quantize": ["nets/backbone", "nets/distillation", "nets/qat", "nets/training"],
+    "quantize": ["nets/distillation", "nets/qat", "nets/training"],
     "benchmark": ["runtime/golden", "runtime/session"],
     "gate": ["runtime/golden", "runtime/session"],
 }

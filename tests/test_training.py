@@ -312,7 +312,7 @@ def test_another_run_has_another_checkpoint(digits: Path) -> None:
     train, val = digits / "train.parquet", digits / "val.parquet"
 
     def path(*inputs: Path, stage: str = "finetune", params: config.Training | None = None, of: Spec = spec) -> Path:
-        return training.checkpoint_path(stage, *inputs, params=params or parameters(), spec=of)
+        return training.checkpoint_path(stage, *inputs, described_by=(params or parameters(), of))
 
     assert path(train, val) == path(train, val)
     reordered = spec.model_copy(update={"classes": CLASSES[::-1]})

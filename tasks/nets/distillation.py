@@ -1,6 +1,7 @@
 """Distillation: a network learns to answer as another one does (Hinton et al. 2015, arXiv:1503.02531)."""
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class Mirrored:
 @torch.inference_mode()
 def answers(teacher: nn.Module, images: training.Images) -> Tensor:
     """The teacher's logits, float32 (2 N, classes): for each image as it is, then for each mirrored."""
-    where = next(teacher.parameters()).device
+    where = next(chain(teacher.parameters(), teacher.buffers())).device
     size = batch_of(images.preprocessing, training.EVALUATION_BATCH)
     loader: Iterable[tuple[Tensor, Tensor]] = DataLoader(images, size)  # type: ignore[arg-type]
     as_is: list[Tensor] = []

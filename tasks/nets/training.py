@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, WeightedRandomSampler
@@ -26,7 +27,6 @@ from tasks.core.progress import track
 from tasks.images import splits
 from tasks.images.preprocessing import Preprocessing, batch_of, decode, normalize
 from tasks.images.preprocessing import fit as fit_image
-from tasks.nets.backbone import Spec
 
 Pixels = npt.NDArray[np.uint8]  # (C, H, W)
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, logits, labels -> scalar
@@ -114,9 +114,9 @@ def make_deterministic(seed: int, threads: int | None = None) -> None:
     torch.manual_seed(seed)
 
 
-def checkpoint_path(stage: str, *inputs: Path, params: config.Section, spec: Spec) -> Path:
+def checkpoint_path(stage: str, *inputs: Path, described_by: tuple[BaseModel, ...]) -> Path:
     """Where a run of this stage on these inputs keeps its checkpoint: another input, another file."""
-    key = hashlib.sha256((params.model_dump_json() + spec.model_dump_json()).encode())
+    key = hashlib.sha256("".join(one.model_dump_json() for one in described_by).encode())
     for path in inputs:
         key.update(files.sha256(path).encode())
     return paths.CHECKPOINTS / f"{stage}-{key.hexdigest()[:16]}.pt"
