@@ -81,9 +81,10 @@ def test_keys_that_documents_name_exist() -> None:
     known = {name for name, *_ in config.explain(config.load(ROOT / "params.yaml"))}
     known |= {".".join(name.split(".")[:depth]) for name in known for depth in range(1, 4)}
     for document in DOCUMENTS:
-        named = re.findall(
-            r"`((?:" + "|".join(config.fields(config.Params)) + r")\.[a-z0-9_.]+)\b", document.read_text()
-        )
+        text = document.read_text()
+        if document.name == "CHANGELOG.md":
+            text = text.split("\n## ")[1]  # a release had the keys of its time
+        named = re.findall(r"`((?:" + "|".join(config.fields(config.Params)) + r")\.[a-z0-9_.]+)\b", text)
         assert {name for name in named if not name.endswith((".yaml", ".json", ".zst"))} <= known, document
 
 
