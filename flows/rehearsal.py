@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -35,26 +36,26 @@ STEPS = {
 }
 
 
-def rehearse(params: config.Params, say: Callable[[str], None], budget: bool) -> None:
-    """Try what `finetune` is followed by; with a budget, what `compress` does.
+@contextlib.contextmanager
+def rehearse(params: config.Params, say: Callable[[str], None], budget: bool) -> Iterator[None]:
+    """Try what `finetune` is followed by, beside what is done meanwhile; with a budget, what `compress` does.
 
-    What has gone well is not tried again as long as nothing that it depends on changes. `StageError` if it does not go,
-    or comes to no end.
+    What has gone well is not tried again as long as nothing that it depends on changes. In the end, `StageError` if it
+    does not go, or comes to no end.
     """
-    if params.finetune.backbone in OWN and not budget:
-        return
-    identity = _identity(params, budget)
-    if KNOWN.exists() and KNOWN.read_text() == identity:
+    own = params.finetune.backbone in OWN and not budget
+    identity = "" if own else _identity(params, budget)
+    if own or (KNOWN.exists() and KNOWN.read_text() == identity):
+        yield
         return
     say(f"trying the plan on an untrained {params.finetune.backbone}")
     command = [sys.executable, "-m", "flows.rehearsal", *(["budget"] if budget else [])]
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = leash.start(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | ENVIRONMENT)
-        late = False
+        ends = time.monotonic() + LIMIT_S
         try:
-            process.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            late = True
+            yield
+            late = not _is_over(process, ends)
         finally:
             leash.end(process)
         log.seek(0)
@@ -67,6 +68,15 @@ def rehearse(params: config.Params, say: Callable[[str], None], budget: bool) ->
         raise StageError(reason(lines))
     KNOWN.parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(KNOWN, identity.encode())
+
+
+def _is_over(process: subprocess.Popen[str], ends: float) -> bool:
+    """Whether the process ends by then."""
+    try:
+        process.wait(max(0.0, ends - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _identity(params: config.Params, budget: bool) -> str:

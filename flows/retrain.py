@@ -1,5 +1,6 @@
 """The pipeline, top to bottom: data in, a decision out."""
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -65,18 +66,18 @@ def retrain(params: str = str(paths.PARAMS), bootstrap: bool = False) -> dict[st
 
 
 def prepare(params: config.Params, budget: bool) -> None:
-    """Bring the data up to date and accept them; the plan is tried first, or once the classes are known."""
+    """Bring the data up to date and accept them; the plan is tried beside it, or once the classes are known."""
     say = get_run_logger().info
     listing.walk(Path(params.ingest.path))  # DVC would wait for a FIFO for good, for one
-    if params.classes:
-        rehearse(params, say, budget)
-    splits()
-    ingest()
-    materials.require_hashed(Path.cwd(), Path("dvc.lock").read_bytes())
-    validate()
-    accept_data()
+    with rehearse(params, say, budget) if params.classes else contextlib.nullcontext():
+        splits()
+        ingest()
+        materials.require_hashed(Path.cwd(), Path("dvc.lock").read_bytes())
+        validate()
+        accept_data()
     if not params.classes:
-        rehearse(params, say, budget)
+        with rehearse(params, say, budget):
+            pass
 
 
 @task(name="accept data", task_run_name="accept data")

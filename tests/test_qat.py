@@ -213,6 +213,22 @@ def codes_of(model: onnx.ModelProto) -> list[graph.Array]:
     return [codes for codes in found if codes is not None]
 
 
+@pytest.mark.parametrize(("scale", "zero"), [(0.02, 0), (0.5, 7), (0.013, 128), (3.0, 255)])
+def test_rounding_is_that_of_pytorch_to_the_bit(scale: float, zero: int) -> None:
+    torch.manual_seed(0)
+    scale = float(np.float32(scale))  # as files have it
+    values = torch.cat([torch.randn(1000), torch.randn(1000) * 100, torch.arange(-300, 300) * scale / 2])
+    ours, theirs = values.clone().requires_grad_(), values.clone().requires_grad_()
+    found = qat.Quantized.apply(ours, scale, zero)
+    expected = torch.fake_quantize_per_tensor_affine(theirs, scale, zero, 0, 255)
+    assert torch.equal(found, expected)
+    weights = torch.randn_like(values)
+    for result in (found, expected):
+        (result * weights).sum().backward()
+    assert ours.grad is not None and theirs.grad is not None
+    assert torch.equal(ours.grad, theirs.grad)
+
+
 def test_an_operator_that_is_not_known_is_told(case: Case) -> None:
     model = case.quantized()
     model.graph.node.append(helper.make_node("Softplus", ["logits"], ["soft"]))

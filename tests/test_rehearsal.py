@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import ROOT, Repository
 from ruamel.yaml import YAML
@@ -36,7 +37,8 @@ def rehearse(
     """What is said of the plan for the backbone."""
     lay(repository, monkeypatch, name, prune, budget)
     told: list[str] = []
-    rehearsal.rehearse(config.load(Path("params.yaml")), told.append, budget)
+    with rehearsal.rehearse(config.load(Path("params.yaml")), told.append, budget):
+        pass
     return told
 
 
@@ -91,6 +93,18 @@ def test_what_has_gone_well_is_not_tried_again_until_it_changes(
     assert rehearse(repository, monkeypatch, "resnet10t", CHANNELS) == []
     with pytest.raises(StageError, match=r"^prune.blocks.remove is 99"):
         rehearse(repository, monkeypatch, "resnet10t", CHANNELS | {"blocks": {"remove": 99}})
+
+
+def test_what_fails_beside_the_trial_ends_it(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    lay(repository, monkeypatch, "ecaresnet26t", CHANNELS)
+    before = {one.pid for one in psutil.Process().children(recursive=True)}
+    with (
+        pytest.raises(StageError, match="the source is empty"),
+        rehearsal.rehearse(config.load(Path("params.yaml")), lambda _: None, budget=False),
+    ):
+        assert {one.pid for one in psutil.Process().children(recursive=True)} > before
+        raise StageError("the source is empty")
+    assert {one.pid for one in psutil.Process().children(recursive=True)} == before
 
 
 def test_the_networks_of_our_own_need_no_trial(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ other codes: it runs as fast, and `reduce` finds the same zeros in it.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -167,7 +167,11 @@ def _pads(node: onnx.NodeProto, image: Tensor, value: float) -> Tensor:
 def _conv(node: onnx.NodeProto, image: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     stride, dilation = (graph.attribute(node, name, [1, 1]) for name in ("strides", "dilations"))
     groups = int(graph.attribute(node, "group", 1))
-    return functional.conv2d(_pads(node, image, 0.0), weight, bias, list(stride), 0, list(dilation), groups)
+    top, left, bottom, right = graph.attribute(node, "pads", None) or (0, 0, 0, 0)
+    padding = [top, left]
+    if (top, left) != (bottom, right):
+        image, padding = _pads(node, image, 0.0), [0, 0]  # which makes a copy
+    return functional.conv2d(image, weight, bias, list(stride), padding, list(dilation), groups)
 
 
 def _gemm(node: onnx.NodeProto, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -186,8 +190,24 @@ def _average_pool(node: onnx.NodeProto, image: Tensor) -> Tensor:
     return functional.avg_pool2d(image, size, stride)
 
 
+class Quantized(torch.autograd.Function):
+    """What `torch.fake_quantize_per_tensor_affine` computes for uint8, in a third of the time on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: float, zero: int) -> Tensor:
+        codes = (values * (1 / scale)).round_().add_(zero)
+        ctx.save_for_backward((codes >= 0) & (codes <= 255))
+        return codes.clamp_(0, 255).sub_(zero).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None
+
+
 def _quantize(_node: onnx.NodeProto, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    return torch.fake_quantize_per_tensor_affine(values, float(scale), int(zero), 0, 255)
+    found: Tensor = Quantized.apply(values, float(scale), int(zero))
+    return found
 
 
 OPERATORS: dict[str, Callable[..., Tensor]] = {
