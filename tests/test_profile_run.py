@@ -45,14 +45,17 @@ def test_the_kind_is_that_of_the_whole_stack(bench: ModuleType) -> None:
         for number, frames in (
             (50, ["main (tasks/finetune.py:1)", loop, "forward (torch/nn/functional.py:1)"]),
             (100, ["main (tasks/finetune.py:1)", loop, "_engine_run_backward (torch/autograd/graph.py:1)"]),
+            (10, [loop, "step (/home/ada/.venv/lib/python3.11/site-packages/torch/optim/adamw.py:1)"]),
             (25, [loop, "_next_data (torch/utils/data/dataloader.py:1)", "fit (tasks/images/preprocessing.py:1)"]),
             (75, ["<module> (tasks/finetune.py:1)", "_find_and_load (<frozen importlib._bootstrap>:1)"]),
         )
     )
-    by_process, _ = bench.count(stacks)
+    by_process, by_line = bench.count(stacks)
+    assert by_line["optimizer", "step (torch/optim/adamw.py:1)"] == 10
     assert {kind: n for (name, kind), n in by_process.items() if name == "finetune"} == {
         "forward": 50,
         "backward": 100,
+        "optimizer": 10,
         "images": 25,
         "imports": 75,
     }

@@ -24,6 +24,8 @@ RATE = 50  # samples a second
 # The first that a stack has says what the time was for; each by a part of a frame, as py-spy writes it.
 KINDS = (
     ("imports", ("<frozen importlib",)),
+    ("teacher", ("answers (tasks/nets/distillation.py",)),
+    ("importance", ("tasks/nets/importance.py",)),
     ("evaluation", ("evaluate (tasks/nets/training.py", "top1 (tasks/runtime/session.py")),
     ("backward", ("_engine_run_backward",)),
     ("optimizer", ("step (torch/optim", "wrapper (torch/optim", "zero_grad (")),
@@ -34,6 +36,7 @@ KINDS = (
 )
 OTHER = "other"
 STAGE = re.compile(r"-m tasks\.(\w+)")
+LIBRARY = re.compile(r"\(\S*(?:site-packages|python3\.\d+)/")
 
 
 def sample(command: list[str]) -> str:
@@ -77,9 +80,7 @@ def count(stacks: str) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str
         parts = stack.split(";")
         process = next(part for part in reversed(parts) if part.startswith("process "))  # the one of its ancestors
         frames = parts[parts.index(process) + 1 :]
-        frames = [
-            re.sub(r"\(.*?(?:site-packages|python3\.\d+)/", "(", frame).replace(f"({ROOT}/", "(") for frame in frames
-        ]
+        frames = [LIBRARY.sub("(", frame).replace(f"({ROOT}/", "(") for frame in frames]
         kind = kind_of(frames)
         by_process[name_of(process), kind] += int(number)
         if frames:
