@@ -89,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6, help=f"of {BATCH} images each")
+    parser.add_argument("--setting", action="append", choices=SETTINGS, help="this one alone; may be repeated")
     parser.add_argument("--network", default="tf_efficientnet_lite0")
     parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
     parser.add_argument("--report", type=Path, default=REPORT, help="the file of results")
@@ -99,11 +100,11 @@ def main() -> None:
         train(network, int(size), int(steps))
         return
     load = os.getloadavg()[0]
-    table: dict[str, Any] = {name: {"quiet": [], "busy": []} for name in SETTINGS}
+    table: dict[str, Any] = {name: {"quiet": [], "busy": []} for name in arguments.setting or SETTINGS}
     for number in range(arguments.rounds):
-        for name, setting in SETTINGS.items():
-            for state in ("quiet", "busy"):
-                table[name][state].append(speed(setting, arguments, state == "busy"))
+        for name, row in table.items():
+            for state, found in row.items():
+                found.append(speed(SETTINGS[name], arguments, state == "busy"))
         print(f"round {number + 1} of {arguments.rounds}", flush=True)
     about = {"processor": machine.processor(), "cores": machine.usable_cores(), "load_before": load}
     files.write_json(arguments.report, about | {"images_per_s": table})
