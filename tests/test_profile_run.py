@@ -35,7 +35,8 @@ def test_processes_are_sampled_while_they_compute(bench: ModuleType, tmp_path: P
         assert 0.2 < by_process[name, "other"] / bench.RATE < 2
     assert any("program.py" in line for _, line in by_line)
     table = bench.tell(by_process, by_line)
-    assert [line.split()[0] for line in table.splitlines()[1:4]] == ["the", "prune", "all"]
+    *processes, last = [line.split()[0] for line in table.splitlines()[1:4]]
+    assert (set(processes), last) == ({"the", "prune"}, "all")  # in the order in which they were seen
 
 
 def test_the_kind_is_that_of_the_whole_stack(bench: ModuleType) -> None:
