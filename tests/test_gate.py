@@ -8,6 +8,7 @@ import copy
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from tasks.core import config, files, noninferiority
 from tasks.core.errors import StageError
 from tasks.gate import (
     Check,
+    ClassChange,
     Evidence,
     Subject,
     Verdict,
+    amount,
     classes_of,
     confirm,
     evidence,
@@ -195,12 +198,26 @@ def test_the_same_evidence_gives_the_same_verdict_and_so_does_what_json_keeps_of
 def test_nothing_in_a_verdict_can_be_changed_afterwards() -> None:
     verdict: Any = judge(full())
     owl = verdict.slices["label"][2]
+    change = ClassChange(added=("owl",), removed=())
     for part, name in (
         (verdict, "passed"), (verdict.checks[0], "passed"), (verdict.comparison, "lower"), (owl, "top1"),
-        (owl.difference, "lower"),
+        (owl.difference, "lower"), (change, "added"),
     ):  # fmt: skip
         with pytest.raises(ValidationError, match="frozen"):
             setattr(part, name, 1)
+
+
+def test_what_is_written_of_a_verdict_is_what_readers_expect() -> None:
+    """Its schema, and no difference where there is no champion; `tests/records` has verdicts that were written so."""
+    faced, first = (judge(given).to_json() for given in (full(), first_promotion()))
+    assert faced["schema_version"] == first["schema_version"] == 5
+    assert "difference" in faced["slices"]["label"][0]
+    assert "difference" not in first["slices"]["label"][0]
+
+
+def test_the_largest_number_is_one() -> None:
+    assert amount(sys.float_info.max) == sys.float_info.max
+    assert amount(float("inf")) is None
 
 
 def test_judging_leaves_the_evidence_as_it_was() -> None:
