@@ -38,10 +38,10 @@ STEPS = {
 
 @contextlib.contextmanager
 def rehearse(params: config.Params, say: Callable[[str], None], budget: bool) -> Iterator[None]:
-    """Try what `finetune` is followed by, beside what is done meanwhile; with a budget, what `compress` does.
+    """Try what comes after `finetune`, in a process beside the body of the `with`; with a budget, what `compress` does.
 
-    What has gone well is not tried again as long as nothing that it depends on changes. In the end, `StageError` if it
-    does not go, or comes to no end.
+    What has gone well is not tried again as long as nothing that it depends on changes. After the body,
+    `StageError` if it does not go, or comes to no end.
     """
     own = params.finetune.backbone in OWN and not budget
     identity = "" if own else _identity(params, budget)

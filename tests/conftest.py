@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib.util
 import io
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -139,6 +141,15 @@ def networks(tmp_path_factory: pytest.TempPathFactory, images: list[bytes]) -> C
         return Network(path, quantize(path, images, preprocessing, CALIBRATION), preprocessing, weights)
 
     return make
+
+
+def load_bench(name: str) -> ModuleType:
+    """A script of tests/bench as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tests/bench/{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Repository:

@@ -1,23 +1,17 @@
 """bench/interpreters.py finds the interpreters, and tells what it found of each, without setting one up."""
 
-import importlib.util
 import json
 import subprocess
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-SCRIPT = Path(__file__).parent / "bench/interpreters.py"
+from conftest import load_bench
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("interpreters", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_bench("interpreters")
 
 
 def executable(path: Path, text: str) -> Path:

@@ -1,13 +1,12 @@
 """bench/profile_run.py: py-spy on a small program, and what its stacks are counted as."""
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import load_bench
 
-SCRIPT = Path(__file__).parent / "bench/profile_run.py"
 BUSY = """
 import subprocess, sys, time
 if len(sys.argv) == 1:
@@ -20,11 +19,7 @@ while time.monotonic() < ends:
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("profile_run", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_bench("profile_run")
 
 
 def test_processes_are_sampled_while_they_compute(bench: ModuleType, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """bench/runtimes.py with the ONNX Runtime that is installed, which needs no network."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from types import ModuleType
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import Network
+from conftest import Network, load_bench
 
 from tasks import reduce
 
@@ -20,11 +19,7 @@ SCRIPT = Path(__file__).parent / "bench/runtimes.py"
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("runtimes", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_bench("runtimes")
 
 
 @pytest.fixture(scope="module")

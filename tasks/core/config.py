@@ -269,6 +269,7 @@ class Int8(Section):
     qat: Qat | None = Field(None, description="training on the grid, with the pruned network as the teacher")
 
 
+# What a kind of grid goes without is None in its class, so that all kinds can be asked for it.
 class Int7(Section):
     """Codes from -64 to 64, for x86 CPUs with AVX2 but no VNNI, whose sums would overflow."""
 
@@ -564,11 +565,11 @@ def explain(params: Params) -> list[tuple[str, str, str, str]]:
 
 
 def _explain_section(
-    kinds: tuple[type[Section], ...], section: Section | None, prefix: str
+    types: tuple[type[Section], ...], section: Section | None, prefix: str
 ) -> Iterator[tuple[str, str, str, str]]:
     merged: dict[str, list[Any]] = {}
-    for kind in kinds:
-        for name, field in fields(kind).items():
+    for one in types:
+        for name, field in fields(one).items():
             merged.setdefault(name, []).append(field)
     for name, same in merged.items():
         field, given = same[0], section is not None and name in fields(type(section))

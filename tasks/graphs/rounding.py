@@ -38,7 +38,7 @@ def apply(quantized: onnx.ModelProto, floats: Mapping[str, Array], factor: float
         if weights.any() and not codes.any():
             raise StageError(f"quantize.grid.factor {factor:g} leaves nothing of {float_name(dequantizer)}: raise it")
         grids.append(Grid(dequantizer, codes, np.asarray(1 / factor, np.float32)))
-    large = put(quantized, floats, grids, lambda bias: bias)
+    large = _put(quantized, floats, grids, lambda bias: bias)
     if large:
         raise StageError(f"quantize.grid.factor {factor:g} makes {large} too large for int32: lower it")
 
@@ -99,7 +99,7 @@ def _shape(dequantizer: onnx.NodeProto, codes: Array, step: Array) -> list[int]:
 
 def put_halves(quantized: onnx.ModelProto, floats: Mapping[str, Array], grids: list[Grid]) -> None:
     """Write grids, and biases of values that float16 holds; `StageError` if one would be too large for int32."""
-    large = put(quantized, floats, grids, as_half)
+    large = _put(quantized, floats, grids, as_half)
     if large:
         raise StageError(f"{large} is too large for int32 on the scale of its layer: its weights are nearly zero")
 
@@ -119,7 +119,7 @@ def half_above(steps: Array) -> Array:
     return np.where(np.isfinite(found), found.astype(np.float32), steps).astype(np.float32)
 
 
-def put(
+def _put(
     quantized: onnx.ModelProto, floats: Mapping[str, Array], grids: list[Grid], of_bias: Callable[[Array], Array]
 ) -> str | None:
     """Write the grids, and biases on the scale of their layer's input times the step; in place.

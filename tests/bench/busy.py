@@ -1,8 +1,8 @@
 """Training beside other work: `python tests/bench/busy.py [--rounds N]`.
 
-Images a second of fine-tuning's own loop, on a quiet machine and beside one endless loop, for several ways in which
-OpenMP's threads wait for one another. The settings take turns, each in a process of its own. Prints the median of the
-rounds, the share of the quiet speed that is left, and what the machine was busy with before, and writes
+Images a second of training steps as fine-tuning takes them, on a quiet machine and beside one endless loop, for several
+ways in which OpenMP's threads wait for one another. The settings take turns, each in a process of its own. Prints the
+median of the rounds, the share of the quiet speed that is left, and the machine's load before, and writes
 data/reports/bench/busy.json. Six minutes on 2 cores.
 """
 
