@@ -27,9 +27,10 @@ KEYS = {
     "depth": ["what"],
 }  # fmt: skip
 SHOWN = 5
-# Of the 256 bits of a perceptual hash: two that differ in fewer bits than there are bands have a band in common.
-BANDS, BAND_BITS = 17, 15
-MOST = 4096  # images with the same band that an image is compared with
+BANDS = 17  # perceptual hashes that differ in fewer bits than there are bands have a band in common
+AT_ONCE = 4096  # hashes that one is compared with before the next are looked at
+
+Positions = npt.NDArray[np.intp]
 
 
 class Rule(NamedTuple):
@@ -96,33 +97,54 @@ def _look_alikes(images: pd.DataFrame) -> pd.Series:
     """
     found = pd.Series(None, index=images.index, dtype=object)
     usable = images[images["perceptual_hash"].notna() & (images["std"] > 0)]
-    hashes = np.array([list(bytes.fromhex(text)) for text in usable["perceptual_hash"]], np.uint8).reshape(-1, 32)
+    if usable.empty:
+        return found
+    hashes = np.frombuffer(bytes.fromhex("".join(usable["perceptual_hash"])), np.uint64).reshape(-1, 4)
     ranks = usable["split"].map({"train": 0, "val": 1, "test": 2}).fillna(-1).to_numpy(np.int8)
-    bits = np.unpackbits(hashes, axis=1)
+    bits = np.unpackbits(hashes.view(np.uint8), axis=1)
     seen = np.zeros(len(usable), bool)
-    for band in range(BANDS):
-        keys = bits[:, band * BAND_BITS : (band + 1) * BAND_BITS] @ (1 << np.arange(BAND_BITS))
-        order = np.argsort(keys, kind="stable")
-        for bucket in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
-            for later, earlier in _close_pairs(bucket[~seen[bucket] | (ranks[bucket] < 2)], hashes, ranks, seen):
-                seen[later], other = True, usable.iloc[earlier]
-                found[usable.index[later]] = f"{other['split']}: {other['path']}"
+    for bucket in _buckets(np.flatnonzero(ranks >= 0), bits[ranks >= 0]):
+        for later, earlier in _close_pairs(bucket[~seen[bucket] | (ranks[bucket] < 2)], hashes, ranks, seen):
+            seen[later], other = True, usable.iloc[earlier]
+            found[usable.index[later]] = f"{other['split']}: {other['path']}"
     return found
 
 
-def _close_pairs(bucket: npt.NDArray[np.intp], hashes: Any, ranks: Any, seen: Any) -> Iterator[tuple[int, int]]:
+def _buckets(members: Positions, bits: npt.NDArray[np.uint8], depth: int = 2) -> Iterator[Positions]:
+    """Sets of members of which any two are in one whose rows of `bits` differ in fewer than BANDS columns.
+
+    Those are the same in one band at least. A large set is taken apart by its other columns, down to that `depth`.
+    """
+    bits = bits[:, bits.min(0) < bits.max(0)]  # the others tell none of the members apart
+    width = bits.shape[1] // BANDS
+    for band in range(BANDS):
+        own = slice(band * width, (band + 1) * width)
+        keys = bits[:, own] @ (1 << np.arange(width))
+        order = np.argsort(keys, kind="stable")
+        starts = np.flatnonzero(np.diff(keys[order], prepend=-1))
+        sizes = np.diff(starts, append=len(keys))
+        for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
+            inside = order[start : start + size]
+            if depth and size > AT_ONCE and width:
+                yield from _buckets(members[inside], bits[inside], depth - 1)
+            else:
+                yield members[inside]
+
+
+def _close_pairs(bucket: Positions, hashes: Any, ranks: Any, seen: Any) -> Iterator[tuple[int, int]]:
     """Pairs of positions with close hashes in different splits, that of the higher rank first, one for each.
 
-    Those that were `seen` are not looked at again, nor more than MOST others: where all look alike, the first do.
+    Those that were `seen` are not looked at again.
     """
     for rank in np.unique(ranks[bucket])[1:]:
-        inner, outer = bucket[ranks[bucket] == rank], bucket[(ranks[bucket] >= 0) & (ranks[bucket] < rank)][:MOST]
-        if not len(outer):
-            continue
+        inner, outer = bucket[ranks[bucket] == rank], bucket[ranks[bucket] < rank]
         for one in inner[~seen[inner]]:
-            close = np.flatnonzero(np.bitwise_count(hashes[outer] ^ hashes[one]).sum(1) < BANDS)
-            if len(close):
-                yield int(one), int(outer[close[0]])
+            for start in range(0, len(outer), AT_ONCE):
+                others = outer[start : start + AT_ONCE]
+                close = np.flatnonzero(np.bitwise_count(hashes[others] ^ hashes[one]).sum(1) < BANDS)
+                if len(close):
+                    yield int(one), int(others[close[0]])
+                    break
 
 
 def _passed_over(report: Json) -> tuple[str, float]:

@@ -161,17 +161,22 @@ def test_an_audit_holds_without_files_that_had_to_go_with_an_erased_image(projec
     assert "classifier@v0.1.0: data/prepared/train.parquet is gone" in project.weighin("audit", "--all", "--strict")
 
 
-def test_a_ledger_that_is_at_the_remote_only_counts_where_the_remote_is_asked(project: Ledger, tmp_path: Path) -> None:
+@pytest.mark.parametrize("here", ["gone", "damaged"])
+def test_a_ledger_that_is_at_the_remote_only_counts_where_the_remote_is_asked(
+    project: Ledger, tmp_path: Path, here: str
+) -> None:
     project.share(tmp_path / "bare", tmp_path / "store")
     forget(project, paths.TRAIN)
     project.write(paths.TRAIN, b"others")
     project.know(**{A: "erased", B: "test"})
     project.decide(2, wrong=5)
     forget(project, paths.LEDGER)
+    if here == "damaged":
+        project.cached(files.md5(project.root / paths.LEDGER)).write_bytes(b"others")
     (shipped,) = (tmp_path / "store").rglob(files.md5(project.root / paths.LEDGER)[2:])
     assert shipped.is_file()
-    here, there = (audit(project.root, "classifier", ALL, remote) for remote in (None, "origin"))
-    assert "data/prepared/train.parquet" in [one.file for one in here.damage]
+    without, there = (audit(project.root, "classifier", ALL, remote) for remote in (None, "origin"))
+    assert "data/prepared/train.parquet" in [one.file for one in without.damage]
     assert len(there.erased) == 1
     assert "data/prepared/train.parquet" not in [one.file for one in there.damage]
     shipped.chmod(0o644)

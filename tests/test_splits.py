@@ -132,6 +132,17 @@ def test_a_group_stays_in_its_split_though_its_first_images_are_gone() -> None:
     assert set(splits.values()) == set(SPLITS)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_of_several_classes_are_drawn_with_their_rarest(seed: int) -> None:
+    images: list[Image] = []
+    for number in range(200):
+        labels = ["common"] * 9 + ["rare" if number < 20 else "common"]
+        images += [(f"{10 * number + n:064}", label, f"patient {number}", None) for n, label in enumerate(labels)]
+    _, splits, _ = assign_images(images, seed=seed)
+    counts = Counter(splits[pixels] for pixels, label, _, _ in images if label == "rare")
+    assert counts == {"train": 14, "val": 2, "test": 4}
+
+
 def row(number: int, split: str, group: str | None = None) -> dict[str, Any]:
     return {"pixels_sha256": f"{number:064}", "split": split, "group": group, "generation": 1}
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -122,6 +123,25 @@ def test_a_clean_manifest_passes_every_expectation(good: Any) -> None:
     assert failures(entries) == set()
     assert all(entry["offending"] == [] for entry in entries.values())
     assert entries["width"]["sentence"] == "Every image is 8 to 64 pixels wide (from 28 to 28)."
+
+
+def test_look_alikes_are_found_where_many_images_have_much_in_common(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.validate.AT_ONCE", 32)
+    random, data = np.random.default_rng(0), manifest(per_split=100)
+    hashes = random.integers(0, 256, (len(data), 32), dtype=np.uint8)
+    hashes[:, :8] = 7  # as where all have the same background
+    for one, other in random.choice(len(data), (60, 2), replace=False):
+        changed = random.choice(np.arange(64, 256), random.integers(12, 21), replace=False)
+        hashes[other] = np.packbits(np.unpackbits(hashes[one]) ^ np.isin(np.arange(256), changed))
+    data["perceptual_hash"] = [one.tobytes().hex() for one in hashes]
+    ranks = data["split"].map({"train": 0, "val": 1, "test": 2}).to_numpy()
+    close = np.unpackbits(hashes[:, None] ^ hashes, axis=2).sum(2) < 17
+    expected = (close & (ranks < ranks[:, None])).any(1).sum()
+    _, entries = judge(data, tmp_path / "docs", REPORT | {"images": len(data)})
+    assert entries["look_alikes"]["observed"] == {"checked": len(data), "offending": expected}
+    assert expected > 10
 
 
 def test_severities(good: Any) -> None:

@@ -29,12 +29,14 @@ class Store:
     def find(self, material: Material) -> Path | None:
         """An intact copy of the artifact out of the cache or, if wanted, the remote; None if there is none."""
         here = self.cached(material.md5)
-        if not here.is_file() and self.remote and self.fetched:
-            here = Path(self.fetched.name) / material.md5
-            with contextlib.suppress(FileNotFoundError), self.remote(material.md5) as file:
-                here.write_bytes(file.read())
-        intact = here.is_file() and material.kind_of_hash(files.md5(here), files.sha256(here)) == material.hash
-        return here if intact else None
+        if _is_intact(here, material):
+            return here
+        if self.remote is None or self.fetched is None:
+            return None
+        there = Path(self.fetched.name) / material.md5
+        with contextlib.suppress(FileNotFoundError), self.remote(material.md5) as file:
+            there.write_bytes(file.read())
+        return there if _is_intact(there, material) else None
 
     def check(self, link: Link, outputs: tuple[Material, ...], erased: dict[str, int]) -> None:
         """Every artifact of the decision is there, and hashes to what was recorded.
@@ -90,6 +92,10 @@ class Store:
             return None
         self.report.artifacts += 1
         return material.kind_of_hash(md5.hexdigest(), sha256.hexdigest())
+
+
+def _is_intact(path: Path, material: Material) -> bool:
+    return path.is_file() and material.kind_of_hash(files.md5(path), files.sha256(path)) == material.hash
 
 
 def check_working_copy(root: Path, link: Link, outputs: tuple[Material, ...], reader: Reader, report: Report) -> None:

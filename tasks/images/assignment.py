@@ -12,9 +12,10 @@ pixels, null where it cannot be used; `part` is its group, and `own` the split t
 4. Otherwise an image with an own split keeps it, and the rest of its part follows. Of a part with several, the one
    counts that learns most, and images with another are set aside.
 5. What is left is drawn. Within a class, parts are ordered by SHA-256 of seed and name, and cut where the shares of
-   distinct images are what `ingest.split` says, counting those that are known. Splits that some images have of their
-   own are not drawn for others. What is train of its own is drawn from only if all images have splits of their own,
-   for those that the source lacks.
+   distinct images are what `ingest.split` says, counting those that are known. A part with several classes is drawn
+   with the rarest of them, since that one can least do without its share (as in Sechidis et al., "On the Stratification
+   of Multi-Label Data", ECML 2011). Splits that some images have of their own are not drawn for others. What is train
+   of its own is drawn from only if all images have splits of their own, for those that the source lacks.
 """
 
 import hashlib
@@ -220,9 +221,14 @@ def _draw(database: sqlite3.Connection, drawn: str, seed: int, test: float, val:
     database.execute("CREATE TABLE cut (part TEXT PRIMARY KEY, share REAL, test REAL, val REAL) WITHOUT ROWID")
     database.execute(
         f"""
-        WITH fresh AS (
-            SELECT part, MIN(label) AS label, COUNT(DISTINCT pixels) AS size
-            FROM image WHERE {USABLE} AND split IS NULL GROUP BY part
+        WITH rarity AS (
+            SELECT label, ROW_NUMBER() OVER (ORDER BY COUNT(DISTINCT pixels), label) AS place
+            FROM image WHERE {USABLE} GROUP BY label
+        ), undrawn AS (
+            SELECT part, MIN(place) AS place, COUNT(DISTINCT pixels) AS size
+            FROM image JOIN rarity USING (label) WHERE {USABLE} AND split IS NULL GROUP BY part
+        ), fresh AS (
+            SELECT part, label, size FROM undrawn JOIN rarity USING (place)
         ), placed AS (
             SELECT label, COUNT(DISTINCT pixels) AS size,
                    COUNT(DISTINCT CASE split WHEN 'test' THEN pixels END) AS test,
