@@ -7,11 +7,12 @@ which split they go to) is kept in SQLite on disk, so memory does not grow with 
 import csv
 import hashlib
 import io
+import itertools
 import re
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tasks.core import config, files, paths
+from tasks.core import config, files, machine, paths
 from tasks.core.errors import StageError, run
 from tasks.core.progress import track
 from tasks.images import ledger
@@ -34,6 +35,7 @@ from tasks.images.sources import SHOWN, SPLITS, Item, Source, open_source, previ
 ROWS_PER_GROUP = 512
 BYTES_PER_GROUP = 8 * 2**20
 ROWS_AT_ONCE = 256  # of pixels
+BY_ITSELF = 1000  # images that this process describes before others are started, which takes two seconds
 MOST_PIXELS = 0.999
 KNOWN_BY = ((255, 255, 255), WHITE_LEVEL)  # the background and white level of the pixels that an image is known by
 UNREADABLE = paths.REPORTS / "unreadable.csv"
@@ -211,10 +213,9 @@ def _describe_all(source: Source, max_side: int, assignment: Assignment, table: 
     """Put every image into the table and the database; returns how many there are of what the report tells."""
     facts: Counter[str] = Counter()
     assignment.database.execute("BEGIN")
-    for index, item in enumerate(track(source.items(), "reading images")):
-        row = describe(item, source.params, max_side)
+    for index, (row, split) in enumerate(track(_described(source, max_side), "reading images")):
         table.add(row)
-        assignment.add(index, row["label"], row["pixels_sha256"], row["group"], item.split)
+        assignment.add(index, row["label"], row["pixels_sha256"], row["group"], split)
         facts += Counter(
             images=1,
             transparent=bool(row["transparent"]),
@@ -224,6 +225,27 @@ def _describe_all(source: Source, max_side: int, assignment: Assignment, table: 
         facts["white"] = max(facts["white"], row["white"] or 0)
     assignment.database.execute("COMMIT")
     return facts
+
+
+def _described(source: Source, max_side: int) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """Each image's row and own split, in order; after the first images all cores work on them."""
+    from joblib import Parallel, delayed
+
+    def describe_all(items: Iterable[Item]) -> Iterator[Any]:
+        return (
+            delayed(_describe)(item._replace(columns=dict(item.columns)), source.params, max_side) for item in items
+        )
+
+    items = source.items()
+    yield from Parallel(n_jobs=1, return_as="generator")(describe_all(itertools.islice(items, BY_ITSELF)))
+    more = list(itertools.islice(items, 1))
+    if more:
+        with Parallel(n_jobs=machine.usable_cores(), return_as="generator") as cores:
+            yield from cores(describe_all(itertools.chain(more, items)))
+
+
+def _describe(item: Item, params: config.Ingest, max_side: int) -> tuple[dict[str, Any], str | None]:
+    return describe(item, params, max_side), item.split
 
 
 def report(source: Source, facts: Counter[str], splits: dict[str, int]) -> dict[str, Any]:

@@ -182,3 +182,22 @@ def test_a_split_that_is_missing(tmp_path: Path, read: Callable[[Path], object])
 def test_large_images_come_in_smaller_batches(tmp_path: Path, side: int, sizes: list[int]) -> None:
     path = parquet(tmp_path / "val.parquet", ["a"] * 9)
     assert [len(images) for images, _ in splits.batches(path, replace(GREY, size=side), ("a",), 8)] == sizes
+
+
+def test_a_large_split_is_read_from_disk_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = parquet(tmp_path / "train.parquet", ["a", "b"] * 40)
+    expected, labels = splits.read(path, ("a", "b"))
+    monkeypatch.setattr(splits, "IN_MEMORY_BYTES", 100)
+    mapped, same = splits.read(path, ("a", "b"))
+    assert isinstance(mapped, splits.Mapped)
+    assert (list(mapped), same) == (expected, labels)
+    assert [mapped[index] for index in (79, 0, 41)] == [expected[index] for index in (79, 0, 41)]
+    assert [one.name for one in tmp_path.iterdir()] == ["train.parquet"]
+
+
+def test_batches_are_whole_though_the_file_is_written_in_groups(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "val.parquet", ["a", "b"] * 40)
+    pq.write_table(pq.read_table(path), path, row_group_size=7)
+    found = list(splits.batches(path, GREY, ("a", "b"), size=30))
+    assert [len(images) for images, _ in found] == [30, 30, 20]
+    assert np.concatenate([labels for _, labels in found]).tolist() == [0, 1] * 40

@@ -17,10 +17,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pictures import CLASSES, MAX_SIDE, SPLITS, encode, folder, ingest_all, noise, parameters, put, refusal
+from pictures import CLASSES, MAX_SIDE, SPLITS, encode, folder, ingest_all, noise, parameters, put, refusal, take
 from PIL import Image
 from ruamel.yaml import YAML
 
+from tasks.core import machine
 from tasks.images import splits
 from tasks.images.sources import Item
 from tasks.ingest import describe, sources
@@ -524,3 +525,17 @@ def test_a_damaged_exif_block_is_a_reason_not_a_crash() -> None:
     row = describe(Item("a", "cat", image), parameters(Path("in")), MAX_SIDE)
     assert row["readable"] is False
     assert row["reason"]
+
+
+def test_many_images_are_described_by_all_cores_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder(tmp_path / "source", per_class=30)
+    put(source / CLASSES[0] / "029.png", b"damaged")
+    outputs = [tmp_path / "alone", tmp_path / "together"]
+    take(parameters(source), outputs[0])
+    monkeypatch.setattr("tasks.ingest.BY_ITSELF", 7)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
+    take(parameters(source), outputs[1])
+    for name in (*SPLITS, "manifest", "ledger"):
+        assert (outputs[0] / f"{name}.parquet").read_bytes() == (outputs[1] / f"{name}.parquet").read_bytes()

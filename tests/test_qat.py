@@ -143,7 +143,7 @@ class Case:
         repository.params(quantize={"calibration_images": 64, "percentile": NARROW.percentile} | options)
 
     def quantized(self, params: config.Quantize = NARROW) -> onnx.ModelProto:
-        return quantize(self.root / self.path, self.images("train").images[:64], self.spec.preprocessing, params)
+        return quantize(self.root / self.path, list(self.images("train").images[:64]), self.spec.preprocessing, params)
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """The prepared splits: labelled images and their columns, read out of Parquet. Imports neither torch nor timm."""
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +15,37 @@ from tasks.core.errors import StageError, first_line
 from tasks.images.preprocessing import Preprocessing, batch_of, preprocess
 
 Batch = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+IN_MEMORY_BYTES = (
+    2**29
+)  # of a split's file; a larger one is mapped, and the system keeps as much of it as there is room
 
 
-def read(path: Path, classes: tuple[str, ...]) -> tuple[list[bytes], list[int]]:
+class Mapped(Sequence[bytes]):
+    """The images of a split in any order, out of a copy on disk that has no name and goes with the process."""
+
+    def __init__(self, file: pq.ParquetFile, folder: Path) -> None:
+        schema = pa.schema([("image", pa.binary())])
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".arrow") as copy:
+            with pa.ipc.new_file(copy, schema) as writer:
+                for batch in file.iter_batches(columns=["image"]):
+                    writer.write_batch(batch)
+            copy.flush()
+            self.images = pa.ipc.open_file(pa.memory_map(copy.name)).read_all()["image"]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.images[index].as_py()
+
+
+def read(path: Path, classes: tuple[str, ...]) -> tuple[Sequence[bytes], list[int]]:
     """All encoded images of a split and their class numbers; `StageError` at a label that `classes` lacks."""
-    codes = {name: code for code, name in enumerate(classes)}
     with _open_parquet(path) as file:
-        table = file.read(["image", "label"])
-    return table["image"].to_pylist(), [codes[label] for label in _labels(table, path, classes)]
+        labels = _codes(_labels(file, path, classes), classes)
+        if path.stat().st_size > IN_MEMORY_BYTES:
+            return Mapped(file, path.parent), labels
+        return file.read(["image"])["image"].to_pylist(), labels
 
 
 def columns(path: Path, classes: tuple[str, ...]) -> tuple[list[str], dict[str, list[str]]]:
@@ -29,17 +54,43 @@ def columns(path: Path, classes: tuple[str, ...]) -> tuple[list[str], dict[str, 
     An image without a value has "". `StageError` at a label that `classes` lacks.
     """
     with _open_parquet(path) as file:
-        table = file.read([name for name in file.schema_arrow.names if name not in ("image", "path", "sha256")])
-    carried = [name for name in table.column_names if name != "label"]
-    return _labels(table, path, classes), {name: [value or "" for value in table[name].to_pylist()] for name in carried}
+        labels = _labels(file, path, classes)
+        carried = [name for name in file.schema_arrow.names if name not in ("image", "label", "path", "sha256")]
+        table = file.read(carried)
+    return labels, {name: [value or "" for value in table[name].to_pylist()] for name in carried}
 
 
-def _labels(table: pa.Table, path: Path, classes: tuple[str, ...]) -> list[str]:
-    labels: list[str] = table["label"].to_pylist()
+def batches(path: Path, preprocessing: Preprocessing, classes: tuple[str, ...], size: int) -> Iterator[Batch]:
+    """The split in order, read and decoded batch by batch: float32 (B, C, H, W) and int64 (B,).
+
+    A batch has `size` images, or less if they are large: see `batch_of`.
+    """
+    with _open_parquet(path) as file:
+        codes = np.asarray(_codes(_labels(file, path, classes), classes), dtype=np.int64)
+    start = 0
+    for found in images(path, preprocessing, batch_of(preprocessing, size)):
+        yield found, codes[start : start + len(found)]
+        start += len(found)
+
+
+def images(path: Path, preprocessing: Preprocessing, size: int) -> Iterator[npt.NDArray[np.float32]]:
+    """The images of a split in order, whatever their labels: float32 (B, C, H, W)."""
+    with _open_parquet(path) as file:
+        for batch in file.iter_batches(size, columns=["image"]):
+            yield np.stack([preprocess(image, preprocessing) for image in batch["image"].to_pylist()])
+
+
+def _labels(file: pq.ParquetFile, path: Path, classes: tuple[str, ...]) -> list[str]:
+    labels: list[str] = file.read(["label"])["label"].to_pylist()
     unknown = sorted(set(labels) - set(classes))
     if unknown:
         raise StageError(f"{path} has the label {unknown[0]!r}, which classes in params.yaml does not list")
     return labels
+
+
+def _codes(labels: list[str], classes: tuple[str, ...]) -> list[int]:
+    codes = {name: code for code, name in enumerate(classes)}
+    return [codes[label] for label in labels]
 
 
 @contextmanager
@@ -53,27 +104,3 @@ def _open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
             yield opened
     except pa.ArrowInvalid as error:
         raise StageError(f"{path} does not hold prepared images ({first_line(error)})") from None
-
-
-def batches(path: Path, preprocessing: Preprocessing, classes: tuple[str, ...], size: int) -> Iterator[Batch]:
-    """The split in order, decoded batch by batch: float32 (B, C, H, W) and int64 (B,).
-
-    A batch has `size` images, or less if they are large: see `batch_of`.
-    """
-    encoded, codes = read(path, classes)
-    labels = np.asarray(codes, dtype=np.int64)
-    size = batch_of(preprocessing, size)
-    for start in range(0, len(encoded), size):
-        yield _stack(encoded[start : start + size], preprocessing), labels[start : start + size]
-
-
-def images(path: Path, preprocessing: Preprocessing, size: int) -> Iterator[npt.NDArray[np.float32]]:
-    """The images of a split in order, whatever their labels: float32 (B, C, H, W)."""
-    with _open_parquet(path) as file:
-        encoded = file.read(["image"])["image"].to_pylist()
-    for start in range(0, len(encoded), size):
-        yield _stack(encoded[start : start + size], preprocessing)
-
-
-def _stack(encoded: list[bytes], preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
-    return np.stack([preprocess(image, preprocessing) for image in encoded])
