@@ -20,7 +20,7 @@ from pathlib import Path
 from flows import leash
 from flows.dvc_bridge import ENVIRONMENT, reason
 from tasks.core import config, files, paths
-from tasks.core.errors import StageError, first_line, is_out_of_memory, run
+from tasks.core.errors import StageError, first_line, is_out_of_memory, root_cause, run
 
 LIMIT_S = 120.0  # a hundred times what good networks take
 KNOWN = Path(".dvc/tmp/weighin.rehearsed")
@@ -145,7 +145,8 @@ def _step(backbone: str, step: str) -> Iterator[None]:
         if isinstance(error, OSError) or is_out_of_memory(error):
             raise
         # what fails in a network that nobody has tried before has no common base but Exception
-        raise StageError(_sentence(backbone, step, f"{type(error).__name__}: {first_line(error)}")) from None
+        cause = root_cause(error)
+        raise StageError(_sentence(backbone, step, f"{type(cause).__name__}: {first_line(cause)}")) from None
 
 
 if __name__ == "__main__":

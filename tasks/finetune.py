@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from tasks.core import config, files, paths
 from tasks.core.errors import StageError, run
-from tasks.nets import backbone, masks, training
+from tasks.nets import backbone, masks, processes, training
 from tasks.nets.backbone import Spec
 from tasks.nets.export import export
 
@@ -26,7 +25,7 @@ def finetune(
     history = training.fit(net, images, held_out, loss, params.training, checkpoint=checkpoint, after_step=hold)
     top1, val_loss = training.evaluate(net, held_out)
     parameters = sum(p.numel() for p in net.parameters())
-    found = {"val_top1": top1, "val_loss": val_loss, "parameters": parameters, "threads": torch.get_num_threads()}
+    found = {"val_top1": top1, "val_loss": val_loss, "parameters": parameters, "threads": processes.all_threads()}
     return found, history
 
 
@@ -64,10 +63,13 @@ def main() -> None:
     verdict = files.read_json(paths.report("validate"))
     if verdict.get("passed") is not True:
         raise StageError(f"{paths.report('validate')} says that the data did not pass: nothing is trained on it")
+    if processes.share(main, params.finetune.training.devices):
+        return
     training.make_deterministic(params.finetune.training.seed, params.finetune.training.threads)
     net, spec = start(params)
     checkpoint = training.checkpoint_path("finetune", paths.TRAIN, paths.VAL, described_by=(params.finetune, spec))
     metrics, history = finetune(net, spec, params.finetune, paths.TRAIN, paths.VAL, checkpoint)
+    processes.leave()
     backbone.save(net, spec, paths.weights("finetune"), paths.spec("finetune"))
     export(net, spec, paths.onnx("finetune"))
     training.write_history(paths.history("finetune"), history)

@@ -16,7 +16,7 @@ from tasks.budget.plan import Block, Plan
 from tasks.core import config, files, paths, shares
 from tasks.core.errors import StageError, run
 from tasks.core.progress import track
-from tasks.nets import backbone, distillation, importance, masks, training
+from tasks.nets import backbone, distillation, importance, masks, processes, training
 from tasks.nets.backbone import Spec
 from tasks.nets.export import export
 
@@ -290,6 +290,8 @@ def sparsity(net: nn.Module) -> dict[str, int]:
 def main() -> None:
     everything = config.load()
     params, budget = everything.prune, everything.compress
+    if params.recovery and processes.share(main, params.recovery.training.devices):
+        return
     teacher, spec = backbone.load(paths.weights("finetune"), paths.spec("finetune"))
     recovery = params.recovery.training if params.recovery else None
     training.make_deterministic(recovery.seed if recovery else 0, recovery.threads if recovery else None)
@@ -300,6 +302,7 @@ def main() -> None:
         net, plan, history = compress(teacher, spec, budget, params, table, paths.TRAIN, paths.VAL, checkpoint)
     else:
         net, plan, history = prune(teacher, spec, params, paths.TRAIN, paths.VAL, checkpoint)
+    processes.leave()
     top1, loss = training.evaluate(net, training.Images(paths.VAL, spec.preprocessing, spec.classes))
     metrics = {"val_top1": top1, "val_loss": loss, **sparsity(net)}
     backbone.save(net, spec, paths.weights("prune"), paths.spec("prune"))

@@ -178,6 +178,11 @@ def write(quantized: onnx.ModelProto, target: Path, in_float: int) -> list[str]:
 
 def main() -> None:
     params = config.load().quantize
+    if params.grid.qat:
+        from tasks.nets import processes  # torch, which nothing but training needs here
+
+        if processes.share(main, params.grid.qat.training.devices):
+            return
     source = paths.onnx("prune")
     preprocessing, classes = session.description(session.open_session(source, threads=1))
 
@@ -202,6 +207,8 @@ def main() -> None:
         )
     bits = choose_bits(calibrated, original, params.grid, images, preprocessing)
     quantized, history = choose_model(calibrated, original, params.grid, bits, val_top1)
+    if params.grid.qat:
+        processes.leave()
     final = with_codebook(quantized, params.grid)
     compact.round_biases(final)
     left = write(final, paths.onnx("quantize"), len(float32))

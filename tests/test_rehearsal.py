@@ -54,6 +54,7 @@ def rehearse(
         ("convnext_atto", CHANNELS, r"its channels cannot be removed \(.*\): set prune.channels to null, or "),
         ("lambda_resnet26t", CHANNELS, r"it cannot be made \(RuntimeError: .* rank 4 .*\): choose another backbone"),
         ("resnet18", {"blocks": {"remove": 9}, "channels": None}, r"^prune.blocks.remove is 9, but resnet18 has \d"),
+        ("halonet_h1", CHANNELS, r"^finetune.image_size 64 does not suit halonet_h1: \S"),
         ("resnet99", CHANNELS, "'resnet99' is neither a timm model nor .*; close ones: "),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",

@@ -19,6 +19,7 @@ from tasks.core import config, files
 from tasks.core.errors import StageError
 from tasks.nets import backbone, distillation, training
 from tasks.nets.backbone import Spec
+from tasks.nets.export import export
 
 CLASSES = tuple("0123456789")
 SMALL = "test_efficientnet"  # convolutions, BatchNorm and 100,000 parameters
@@ -270,7 +271,7 @@ def test_images_are_augmented_in_training_only(digits: Path) -> None:
     assert mirrored[0][1] == plain[0][1]
     wide = io.BytesIO()
     Image.fromarray(np.arange(128, dtype=np.uint8).reshape(8, 16)).save(wide, "PNG")
-    plain.images[0] = mirrored.images[0] = wide.getvalue()
+    plain.images = mirrored.images = [wide.getvalue()]
     assert torch.equal(mirrored[0][0], plain[0][0].flip(2))
     cropped = parameters(augment={"crop_scale": 0.5, "flip": 0.0}).augment
     part = training.Images(digits / "train.parquet", preprocessing, CLASSES, cropped)
@@ -278,7 +279,7 @@ def test_images_are_augmented_in_training_only(digits: Path) -> None:
     erased = parameters(augment={"crop_scale": 1.0, "flip": 0.0, "erase": 1.0}).augment
     torch.manual_seed(0)
     holed = training.Images(digits / "train.parquet", preprocessing, CLASSES, erased)
-    holed.images[0] = wide.getvalue()
+    holed.images = [wide.getvalue()]
     assert not torch.equal(holed[0][0], plain[0][0])
 
 
@@ -392,3 +393,15 @@ def test_a_weighed_distance_is_that_of_repeated_images() -> None:
     rows = torch.tensor([0, 1, 1, 2, 2, 2])
     repeated = distillation.distance(student[rows], teacher[rows], 3.0)
     assert torch.allclose(distillation.distance(student, teacher, 3.0, torch.tensor([1.0, 2.0, 3.0])), repeated)
+
+
+def test_a_network_that_pytorch_cannot_export_is_one_sentence(tmp_path: Path) -> None:
+    class Choosing(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.flatten(1)[:, :2] if images.sum() > 0 else -images.flatten(1)[:, :2]
+
+    spec = Spec(backbone="mine", classes=("a", "b"), preprocessing=backbone.preprocessing("mlp", 8), weights={})
+    with pytest.raises(StageError, match=r"^torch\.onnx cannot export mine: \S.*") as error:
+        export(Choosing(), spec, tmp_path / "model.onnx")
+    assert str(error.value).isprintable()
+    assert list(tmp_path.iterdir()) == []

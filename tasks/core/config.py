@@ -167,11 +167,21 @@ class Training(Section):
     patience: Count | None = Field(None, description="stop after so many epochs without a better val top-1")
     augment: Augment
     bf16: bool = Field(False, description="bfloat16 autocast; pays at large images or on CPUs with AMX")
+    devices: Count = Field(
+        1,
+        description="processes that train together, each on a GPU or its share of the cores, with a part of each batch",
+    )
     threads: Count | None = Field(
         None,
         description="cores that PyTorch uses; null: all. With another number the weights differ in their last bits",
     )
     seed: Seed
+
+    @model_validator(mode="after")
+    def _equal_shares(self) -> Self:
+        if self.devices > 1 and (self.batch_size % self.devices or self.batch_size < 2 * self.devices):
+            raise ValueError(f"devices is {self.devices}: batch_size must be twice, thrice or more times that")
+        return self
 
 
 class Finetune(Section):

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -42,6 +43,7 @@ SMALLER = {
     "quantize": "quantize.grid.qat.training.batch_size, if there is one, or finetune.image_size",
 }
 
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 MENDABLE = (WeighinError, OSError, MemoryError)  # what a user can put right, and is told in a sentence
 
 
@@ -61,9 +63,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or told
 
 
-def first_line(error: Exception) -> str:
-    """What an exception of others says, in one line; its name if it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def first_line(error: BaseException) -> str:
+    """What an exception of others says, in one line without a terminal's codes; its name if it says nothing."""
+    lines = (COLOUR.sub("", line).strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The exception that all others were raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def run(main: Callable[[], None]) -> None:

@@ -28,7 +28,12 @@ class Cores:
         self.last = _busy_s()
 
     def crowd(self) -> str:
-        """What to say if others leave this process fewer cores than it may use; empty if not, or not on Linux."""
+        """What to say if others leave this process fewer cores than it may use; empty if not, or not on Linux.
+
+        Empty, too, for one of several that train together, since those take cores of one another.
+        """
+        if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+            return ""
         before, self.last = self.last, _busy_s()
         present, usable = os.cpu_count() or 1, usable_cores()
         if before is None or self.last is None or self.last[0] <= before[0]:

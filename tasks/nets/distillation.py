@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from tasks.core import config
 from tasks.core.progress import track
 from tasks.images.preprocessing import batch_of
-from tasks.nets import training
+from tasks.nets import processes, training
 
 
 def distill(
@@ -67,13 +67,14 @@ def answers(teacher: nn.Module, images: training.Images) -> Tensor:
     """The teacher's logits, float32 (2 N, classes): for each image as it is, then for each mirrored."""
     where = next(chain(teacher.parameters(), teacher.buffers())).device
     size = batch_of(images.preprocessing, training.EVALUATION_BATCH)
-    loader: Iterable[tuple[Tensor, Tensor]] = DataLoader(images, size)  # type: ignore[arg-type]
+    own = range(processes.rank(), len(images), processes.count())
+    loader: Iterable[tuple[Tensor, Tensor]] = DataLoader(Subset(images, own), size)  # type: ignore[arg-type]
     as_is: list[Tensor] = []
     mirrored: list[Tensor] = []
-    for batch, _ in track(loader, "asking the teacher", -(-len(images) // size)):
+    for batch, _ in track(loader, "asking the teacher", -(-len(own) // size)):
         for found, seen in ((as_is, batch), (mirrored, batch.flip(3))):
             found.append(teacher(seen.to(where, memory_format=torch.channels_last)))
-    return torch.cat([*as_is, *mirrored])
+    return torch.cat([processes.collect(torch.cat(found), len(images)) for found in (as_is, mirrored)])
 
 
 def loss_of_answers(

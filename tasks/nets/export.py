@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.core import files
+from tasks.core.errors import StageError, first_line, root_cause
 from tasks.graphs import graph
 from tasks.images.preprocessing import description
 from tasks.nets.backbone import Spec
@@ -29,7 +30,7 @@ def export(net: nn.Module, spec: Spec, path: Path) -> None:
     """Write the network as ONNX: input `image` float32 (batch, C, H, W), output `logits` float32 (batch, classes).
 
     BatchNorm is folded and paddings are part of their convolutions, both by PyTorch's exporter; classes and
-    preprocessing are in the file's metadata under the key `weighin`.
+    preprocessing are in the file's metadata under the key `weighin`. `StageError` where PyTorch cannot export it.
     """
     net = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format).eval()  # channels_last exports as gathers
     for module in net.modules():
@@ -40,17 +41,21 @@ def export(net: nn.Module, spec: Spec, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            net,
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["image"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                net,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["image"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = first_line(root_cause(error))
+            raise StageError(f"torch.onnx cannot export {spec.backbone}: {reason}") from None
     model: onnx.ModelProto = program.model_proto  # type: ignore[union-attr]
     graph.pool_means(model)
     graph.flatten_reshapes(model)

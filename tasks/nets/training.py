@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, Subset, WeightedRandomSampler
 from torchvision.transforms import v2
 
 from tasks.core import config, files, paths
@@ -27,6 +27,7 @@ from tasks.core.progress import track
 from tasks.images import splits
 from tasks.images.preprocessing import Preprocessing, batch_of, decode, normalize
 from tasks.images.preprocessing import fit as fit_image
+from tasks.nets import processes
 
 Pixels = npt.NDArray[np.uint8]  # (C, H, W)
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, logits, labels -> scalar
@@ -106,9 +107,10 @@ def device() -> torch.device:
 
 
 def make_deterministic(seed: int, threads: int | None = None) -> None:
-    """Same inputs, same machine, same bytes; `threads` are as many as there are cores if None."""
-    if threads:
-        torch.set_num_threads(threads)
+    """Same inputs, same machine, same bytes; `threads`, of all processes here, are as many as cores if None."""
+    own = processes.threads(threads)
+    if own:
+        torch.set_num_threads(own)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
@@ -140,17 +142,23 @@ def class_weights(params: config.Training, labels: list[int]) -> Tensor | None:
     return len(labels) / (len(counts) * counts)
 
 
-@torch.inference_mode()
 def evaluate(net: nn.Module, images: Images) -> tuple[float, float]:
     """Top-1 as a fraction and mean cross-entropy."""
+    correct, loss = _score(net, images, range(len(images)))
+    return correct / len(images), loss / len(images)
+
+
+@torch.inference_mode()
+def _score(net: nn.Module, images: Images, chosen: range) -> tuple[int, float]:
+    """How many of the chosen images are answered right, and the sum of their cross-entropies."""
     where = next(net.parameters()).device
     net.eval()
-    correct, loss = 0, 0.0
-    for batch, labels in DataLoader(images, batch_of(images.preprocessing, EVALUATION_BATCH)):  # type: ignore[arg-type]
+    correct, loss, size = 0, 0.0, batch_of(images.preprocessing, EVALUATION_BATCH)
+    for batch, labels in DataLoader(Subset(images, chosen), size):  # type: ignore[arg-type]
         logits = net(_to(batch, where)).cpu()
         correct += int((logits.argmax(1) == labels).sum())
         loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
-    return correct / len(images), loss / len(images)
+    return correct, loss
 
 
 # Seven parameters: what a training run consists of; those that are seldom given are named.
@@ -166,9 +174,9 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train in place and leave the weights of the epoch with the best val top-1; returns one row per epoch.
 
-    `after_step` runs after every optimizer step (masks are applied there). After each epoch everything that
-    the next one needs is in `checkpoint`; a run that finds it goes on from there to the same bytes. `StageError`
-    when the loss is not finite.
+    Where several processes train together, all of them call this, and all have the result. `after_step` runs after
+    every optimizer step (masks are applied there). After each epoch everything that the next one needs is in
+    `checkpoint`; a run that finds it goes on from there to the same bytes. `StageError` when the loss is not finite.
     """
     optimizer, scheduler = _optimizer(net, params, steps=params.epochs * _steps(train, params))
     history: list[dict[str, float]] = []
@@ -180,14 +188,18 @@ def fit(
         scheduler.load_state_dict(saved["scheduler"])
         history, best = saved["history"], saved["best"]
         print(f"resuming after epoch {len(history)} from {checkpoint}", flush=True)
+    together = processes.wrap(net)
     while len(history) < params.epochs and not _has_stalled(history, params.patience):
         started = time.monotonic()
-        loss = _epoch(net, train, loss_of, params, optimizer, scheduler, after_step, epoch=len(history))
-        top1, val_loss = evaluate(net, val)
+        loss = _epoch(together, train, loss_of, params, optimizer, scheduler, after_step, epoch=len(history))
+        processes.equalize(net)
+        own = _score(net, val, range(processes.rank(), len(val), processes.count()))
+        top1, val_loss = (total / len(val) for total in processes.add_up(*own))
         history.append({"epoch": len(history) + 1, "train_loss": loss, "val_loss": val_loss, "val_top1": top1})
         if top1 > best["top1"]:
             best = {"top1": top1, "state": _copy(net)}
-        _save(checkpoint, net=net, optimizer=optimizer, scheduler=scheduler, history=history, best=best)
+        if processes.rank() == 0:
+            _save(checkpoint, net=net, optimizer=optimizer, scheduler=scheduler, history=history, best=best)
         print(
             f"epoch {len(history)}/{params.epochs}: loss {loss:.4f}, val loss {val_loss:.4f}, "
             f"val top-1 {top1:.2%}, {time.monotonic() - started:.0f} s",
@@ -215,11 +227,12 @@ def _epoch(
     after_step: Callable[[], None] | None,
     epoch: int,
 ) -> float:
-    torch.manual_seed(params.seed * 10_007 + epoch)  # order and augmentation depend on the epoch, not on resuming
+    seed = params.seed * 10_007 + epoch  # order and augmentation depend on the epoch, not on resuming
+    torch.manual_seed(seed)
     where = next(net.parameters()).device
     _train_mode(net)
     total, steps = 0.0, _steps(train, params)
-    loader = _loader(train, params)
+    loader = _loader(train, params, seed)
     for images, labels in track(loader, f"epoch {epoch + 1}", steps):
         images, labels = _to(images, where), labels.to(where)
         with torch.autocast(where.type, torch.bfloat16, enabled=params.bf16):
@@ -234,16 +247,19 @@ def _epoch(
         if after_step:
             after_step()
         total += value
-    return total / steps
+    return processes.add_up(total)[0] / (steps * processes.count())
 
 
-def _loader(train: Labelled, params: config.Training) -> Iterable[tuple[Tensor, Tensor]]:
+def _loader(train: Labelled, params: config.Training, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+    sampler: Sampler[int] = RandomSampler(train)
+    if params.balance == "sampler":
+        labels = torch.tensor(train.labels)
+        sampler = WeightedRandomSampler((1 / torch.bincount(labels))[labels].tolist(), len(labels))
     drop_last = len(train) > params.batch_size  # a last batch of one image would break BatchNorm
-    if params.balance != "sampler":
-        return DataLoader(train, params.batch_size, shuffle=True, drop_last=drop_last)  # type: ignore[arg-type]
-    labels = torch.tensor(train.labels)
-    sampler = WeightedRandomSampler((1 / torch.bincount(labels))[labels].tolist(), len(labels))
-    return DataLoader(train, params.batch_size, sampler=sampler, drop_last=drop_last)  # type: ignore[arg-type]
+    batches: Iterable[list[int]] = BatchSampler(sampler, params.batch_size, drop_last)
+    if processes.count() > 1:
+        batches = processes.Shares(batches, seed)
+    return DataLoader(train, batch_sampler=batches)  # type: ignore[arg-type]
 
 
 def _steps(train: Labelled, params: config.Training) -> int:

@@ -171,7 +171,7 @@ def examine(name: str, workspace: Workspace, folder: Path) -> dict[str, Any]:
         model=name.replace(" ", "-"),
         classes=list(WORDS),
         ingest={"kind": "folder", "path": str(folder), **changes},
-        validate={"min_rows_per_class": 5, "min_side": 16, "max_side": 16},
+        validate={"min_rows_per_class": 2, "min_side": 16, "max_side": 16},
         finetune={"image_size": 16},
         quantize={"calibration_images": 64},
         gate={"min_top1": 0.5, "max_top1_drop": 0.2, "max_latency_ratio": 10, "slices": {}},

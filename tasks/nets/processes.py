@@ -1,0 +1,179 @@
+"""Training in several processes: each has a device and its share of every batch, and all have the same weights.
+
+Every process runs the stage to the end of its training, with the same result, and all but the first end there: what a
+stage writes, the first one writes. On one machine the stage starts them itself. On several, torchrun does
+(`torchrun --nnodes … -m tasks.finetune` on each, with the project's folder shared between them).
+"""
+
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
+
+from tasks.core import machine
+from tasks.core.errors import MENDABLE, StageError, describe, is_out_of_memory
+
+TRIES = 3  # a process that is lost more often is not lost by chance
+
+
+def share(main: Callable[[], None], devices: int) -> bool:
+    """Run a stage's `main` in as many processes as there are `devices`; False if this process has to do it itself.
+
+    That is so for one device, and for a process that torchrun or this function has started. After a process is lost,
+    all of them begin anew, and `fit` goes on after the last epoch. `StageError` with what one of them says, if the
+    machine has fewer devices, or if processes are lost again and again.
+    """
+    if distributed.is_initialized():
+        return False
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _join("env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+        if count() != devices:
+            raise StageError(f"training.devices is {devices}, but the world of torchrun has {count()}")
+        return False
+    if devices == 1:
+        return False
+    if torch.cuda.is_available() and torch.cuda.device_count() < devices:
+        raise StageError(f"training.devices is {devices}, but this machine has {torch.cuda.device_count()} GPUs")
+    for _ in range(TRIES):
+        if _run(main, devices):
+            return True
+        print("training has lost a process: all begin again after the last epoch", flush=True)
+    raise StageError(f"training has lost one of its {devices} processes {TRIES} times; see above")
+
+
+def _run(main: Callable[[], None], devices: int) -> bool:
+    """Whether the processes came to their end; `StageError` with the sentence of one that cannot go on."""
+    with tempfile.TemporaryDirectory(prefix="weighin-") as folder:
+        try:
+            spawn(_work, (main, devices, folder), devices, daemon=True)  # type: ignore[no-untyped-call]
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            told = Path(folder) / "error"
+            if told.exists():
+                raise StageError(told.read_text()) from None
+            print(error, file=sys.stderr, flush=True)
+            return False
+    return True
+
+
+def _work(index: int, main: Callable[[], None], devices: int, folder: str) -> None:
+    if index:
+        _silence(sys.stderr)  # its progress is that of the first; an exception goes to the starter
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
+    os.environ["LOCAL_WORLD_SIZE"] = str(devices)
+    try:
+        _join(f"file://{folder}/store", index, devices, index)
+        main()
+    except Exception as error:
+        if not isinstance(error, MENDABLE) and not is_out_of_memory(error):
+            raise
+        own = Path(folder) / f"error-{index}"
+        own.write_text(describe(error))
+        own.replace(Path(folder) / "error")
+        raise SystemExit(1) from None
+
+
+def _join(store: str, number: int, processes: int, device: int) -> None:
+    if number:
+        _silence(sys.stdout)  # all say the same
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    distributed.init_process_group(backend, init_method=store, rank=number, world_size=processes)
+
+
+def _silence(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _loopback() -> str:
+    """The name of the network interface that leads to this machine itself: lo, or lo0 on macOS."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+
+
+def count() -> int:
+    """The number of processes that train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process among them; the first is 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def threads(wanted: int | None) -> int | None:
+    """How many threads this process uses, of so many that are wanted on this machine; None: as PyTorch chooses."""
+    if count() == 1:
+        return wanted
+    return max(1, (wanted or int(os.environ.get("OMP_NUM_THREADS", machine.usable_cores()))) // _neighbours())
+
+
+def all_threads() -> int:
+    """How many threads the processes on this machine use together."""
+    return torch.get_num_threads() * _neighbours()
+
+
+def _neighbours() -> int:
+    """The number of the processes on this machine, this one included."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1
+
+
+def wrap(net: nn.Module) -> nn.Module:
+    """The network as `fit` trains it: its gradients are the means over all processes."""
+    return nn.parallel.DistributedDataParallel(net) if count() > 1 else net
+
+
+class Shares:
+    """Of batches, drawn alike in every process, this process's part."""
+
+    def __init__(self, batches: Iterable[list[int]], seed: int) -> None:
+        self.batches, self.seed = batches, seed
+
+    def __iter__(self) -> Iterator[list[int]]:
+        drawn = list(self.batches)
+        torch.manual_seed(self.seed + rank() * 1_000_003)  # what follows is the augmentation: each has its own
+        yield from (batch[rank() :: count()] for batch in drawn)
+
+
+def add_up(*numbers: float) -> list[float]:
+    """The sums over all processes."""
+    if count() == 1:
+        return list(numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    distributed.all_reduce(sums)
+    return [float(one) for one in sums]
+
+
+def collect(own: Tensor, rows: int) -> Tensor:
+    """All rows of a table, of which each process has those from its own number on, one in as many as they are."""
+    if count() == 1:
+        return own
+    table = own.new_zeros(rows, *own.shape[1:])
+    table[rank() :: count()] = own
+    distributed.all_reduce(table)
+    return table
+
+
+def equalize(net: nn.Module) -> None:
+    """Give every process the first one's statistics of batch normalisation."""
+    if count() > 1:
+        for buffer in net.buffers():
+            distributed.broadcast(buffer, 0)
+
+
+def leave() -> None:
+    """End every process but the first, whose work ends with the training; that one goes on alone."""
+    if count() == 1:
+        return
+    helper = rank() > 0
+    distributed.barrier()
+    distributed.destroy_process_group()
+    if helper:
+        raise SystemExit(0)

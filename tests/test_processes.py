@@ -1,0 +1,178 @@
+"""Training in several processes: as in one but for rounding, resumed when one is lost, ended with the stage."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+
+import parallel
+import psutil
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT
+from pydantic import ValidationError
+from test_finetune import COMMAND, ENVIRONMENT, change, repository
+from torch import Tensor
+from workspace import free_port
+
+from tasks.core import config
+from tasks.core.errors import StageError
+from tasks.nets import processes
+
+PATH = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+
+
+def trained() -> dict[str, Tensor]:
+    return safetensors.torch.load_file(parallel.RESULT)
+
+
+def children() -> list[psutil.Process]:
+    """The processes that train."""
+    return [one for one in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(one.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """What two processes come to."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        parallel.lay(root, devices=2, augment={"crop_scale": 1.0, "flip": 0.5})
+        assert processes.share(parallel.train, 2)
+        assert parallel.AFTER.read_text() == "trained\n"  # once
+        return trained()
+
+
+def test_one_device_is_this_process() -> None:
+    assert not processes.share(parallel.lose, 1)
+
+
+def test_two_processes_come_to_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A perceptron knows nothing of the other images in its batch, and nothing is drawn at random: same sums."""
+    monkeypatch.chdir(tmp_path)
+    parallel.lay(tmp_path, devices=1)
+    before = torch.get_num_threads()
+    parallel.train()
+    torch.set_num_threads(before)
+    one = trained()
+    parallel.CHECKPOINT.unlink()
+    assert processes.share(parallel.train, 2)
+    two = trained()
+    assert (one.pop("threads").tolist(), two.pop("threads").tolist()) == ([2, 2], [1, 2])
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+    assert one["history"][-1, -1] > 0.9
+
+
+def test_each_process_has_an_augmentation_of_its_own(undisturbed: dict[str, Tensor], tmp_path: Path) -> None:
+    drawn = []
+    for rank in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(processes, "rank", lambda rank=rank: rank)
+            patch.setattr(processes, "count", lambda: 2)
+            torch.manual_seed(3)
+            batches = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(range(12)), 4, drop_last=True)
+            drawn.append((list(processes.Shares(batches, 3)), float(torch.rand(()))))
+    (first, noise), (second, other) = drawn
+    assert sorted(index for batch in (*first, *second) for index in batch) == list(range(12))
+    assert [len(batch) for batch in (*first, *second)] == [2] * 6
+    assert noise != other
+
+
+def test_a_lost_process_costs_an_epoch_and_no_byte(
+    undisturbed: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parallel.lay(tmp_path, devices=2, augment={"crop_scale": 1.0, "flip": 0.5})
+
+    def kill() -> None:
+        while not parallel.CHECKPOINT.exists():
+            time.sleep(0.001)
+        sorted(children(), key=psutil.Process.create_time)[0].kill()  # the one that writes
+
+    killer = Thread(target=kill)
+    killer.start()
+    assert processes.share(parallel.train, 2)
+    killer.join()
+    said = capfd.readouterr().out
+    assert "training has lost a process: all begin again after the last epoch" in said
+    assert said.count("resuming after epoch ") == 1
+    found = trained()
+    assert all(torch.equal(found[name], undisturbed[name]) for name in undisturbed)
+    assert parallel.AFTER.read_text() == "trained\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "told"),
+    [
+        (parallel.lose, "training has lost one of its 2 processes 3 times"),
+        (parallel.refuse, "^cat/1.png is damaged$"),
+    ],
+)
+def test_what_cannot_go_on_is_one_sentence(main: Callable[[], None], told: str) -> None:
+    with pytest.raises(StageError, match=told):
+        processes.share(main, 2)
+    assert not children()
+
+
+def test_torchrun_may_start_the_processes(
+    undisturbed: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parallel.lay(tmp_path, devices=2, augment={"crop_scale": 1.0, "flip": 0.5})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(ROOT / "tests/parallel.py"), "2"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": PATH}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(torch.equal(trained()[name], undisturbed[name]) for name in undisturbed)
+    assert done.stdout.count("epoch 1/6") == 1
+
+
+def test_torchrun_and_the_parameters_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    try:
+        with pytest.raises(StageError, match=r"^training\.devices is 4, but the world of torchrun has 1$"):
+            processes.share(parallel.train, 4)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_processes_end_with_their_stage(tmp_path: Path) -> None:
+    root = repository(tmp_path)
+    change(root, "threads: 2", "threads: 2\n    devices: 2")
+    process = subprocess.Popen(COMMAND, cwd=root, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    while not list((root / "data").glob("checkpoints/finetune-*.pt")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) >= 2
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    _, left = psutil.wait_procs(started, timeout=10)
+    assert left == []
+
+
+def test_the_bench_runs_the_stage_with_one_and_two(tmp_path: Path) -> None:
+    root = repository(tmp_path)
+    command = [sys.executable, str(ROOT / "tests/bench/processes.py"), "--seeds", "1", "--rounds", "1"]
+    done = subprocess.run(command, cwd=root, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("finetune: val top-1 9") == 2
+    found = json.loads((root / "data/reports/bench/processes.json").read_text())
+    assert all(row["val_top1"] > 0.9 for (row,) in found["devices"].values())
+    assert set(found["images_per_s_by_parts"]) == {"1", "2", "4"}
+
+
+@pytest.mark.parametrize(("devices", "batch_size"), [(0, 16), (3, 16), (2, 2), (32, 32)])
+def test_each_process_has_at_least_two_images_of_a_batch(devices: int, batch_size: int) -> None:
+    with pytest.raises(ValidationError, match="devices"):
+        config.Training.model_validate(parallel.VALUES | {"devices": devices, "batch_size": batch_size})
