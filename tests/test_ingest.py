@@ -539,3 +539,13 @@ def test_many_images_are_described_by_all_cores_to_the_same_bytes(
     take(parameters(source), outputs[1])
     for name in (*SPLITS, "manifest", "ledger"):
         assert (outputs[0] / f"{name}.parquet").read_bytes() == (outputs[1] / f"{name}.parquet").read_bytes()
+
+
+def test_the_bench_of_many_images_runs_the_stages(tmp_path: Path) -> None:
+    report = tmp_path / "many.json"
+    command = [sys.executable, str(ROOT / "tests/bench/many_images.py"), "--images", "1200", "--report", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(report.read_text())["rows"].values()
+    assert set(row) == {"ingest", "validate", "finetune"}
+    assert all(one["seconds"] > 0 and one["peak_mb"] > 50 for one in row.values())

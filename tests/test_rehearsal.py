@@ -1,12 +1,15 @@
 """A backbone that the stages after fine-tuning cannot take is refused before hours are spent on it, in one sentence."""
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, Repository
+from conftest import ROOT, Repository, load_bench
 from ruamel.yaml import YAML
 
 from flows import rehearsal
@@ -111,3 +114,27 @@ def test_what_fails_beside_the_trial_ends_it(repository: Repository, monkeypatch
 def test_the_networks_of_our_own_need_no_trial(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(rehearsal.OWN) == set(backbone.CLASSICS)
     assert rehearse(repository, monkeypatch, "mlp", CHANNELS) == []
+
+
+def test_the_bench_of_backbones_goes_on_where_it_was(tmp_path: Path) -> None:
+    report = tmp_path / "backbones.jsonl"
+    command = [sys.executable, str(ROOT / "tests/bench/backbones.py"), "--only", "hardcorenas", "--report", str(report)]
+    done = [subprocess.run(command, capture_output=True, text=True) for _ in range(2)]
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr
+    assert done[0].stdout == done[1].stdout
+    (row,) = map(json.loads, report.read_text().splitlines())
+    assert (row["module"], row["suits"]) == ("hardcorenas", "with half of its channels")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "clear"),
+    [
+        ("finetune.backbone 'a' does not suit, as it cannot be made (KeyError: x): choose another backbone", True),
+        ("finetune.image_size 224 does not suit a: ", False),
+        ("finetune.backbone 'a' does not suit, as \x1b[96mthis\x1b[0m failed", False),
+        ("finetune.backbone 'b' does not suit", False),
+        ("Traceback (most recent call last): a", False),
+    ],
+)
+def test_a_clear_refusal_names_the_network_and_a_reason(refusal: str, clear: bool) -> None:
+    assert load_bench("backbones").is_clear(refusal, "a") is clear

@@ -229,6 +229,7 @@ RECORDS = {
     "904e84e": Record(BUDGET | BALANCED),
     "f93ee6c": Record(BUDGET | BALANCED | {"gate.min_balanced_accuracy": 0.4}),
     "2a4ab69": Record(BUDGET | BALANCED | GRID | {"finetune.training.threads": 1}),
+    "5dbbd71": Record(BUDGET | BALANCED | GRID | {"finetune.training.devices": 2, "finetune.training.threads": 2}),
 }
 
 
