@@ -1,5 +1,6 @@
 """Training in several processes: as in one but for rounding, resumed when one is lost, ended with the stage."""
 
+import itertools
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from workspace import free_port
 
 from tasks.core import config
 from tasks.core.errors import StageError
-from tasks.nets import processes
+from tasks.nets import processes, training
 
 PATH = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
 
@@ -54,9 +55,9 @@ def test_one_device_is_this_process() -> None:
 
 
 def test_two_processes_come_to_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A perceptron knows nothing of the other images in its batch, and nothing is drawn at random: same sums."""
+    """A perceptron knows nothing of the other images in its batch: same sums."""
     monkeypatch.chdir(tmp_path)
-    parallel.lay(tmp_path, devices=1)
+    parallel.lay(tmp_path, devices=1, augment={"crop_scale": 1.0, "flip": 0.5})
     before = torch.get_num_threads()
     parallel.train()
     torch.set_num_threads(before)
@@ -70,19 +71,29 @@ def test_two_processes_come_to_what_one_does(tmp_path: Path, monkeypatch: pytest
     assert one["history"][-1, -1] > 0.9
 
 
-def test_each_process_has_an_augmentation_of_its_own(undisturbed: dict[str, Tensor], tmp_path: Path) -> None:
-    drawn = []
-    for rank in range(2):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(processes, "rank", lambda rank=rank: rank)
-            patch.setattr(processes, "count", lambda: 2)
-            torch.manual_seed(3)
-            batches = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(range(12)), 4, drop_last=True)
-            drawn.append((list(processes.Shares(batches, 3)), float(torch.rand(()))))
-    (first, noise), (second, other) = drawn
-    assert sorted(index for batch in (*first, *second) for index in batch) == list(range(12))
-    assert [len(batch) for batch in (*first, *second)] == [2] * 6
-    assert noise != other
+@pytest.mark.parametrize("balance", ["none", "sampler"])
+def test_processes_share_the_batches_of_one(monkeypatch: pytest.MonkeyPatch, balance: str) -> None:
+    class Train:
+        def __init__(self) -> None:
+            self.labels = [0] * 30 + [1] * 20
+
+        def __len__(self) -> int:
+            return len(self.labels)
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            raise NotImplementedError
+
+    params = config.Training.model_validate(parallel.VALUES | {"balance": balance, "batch_size": 12})
+    whole = list(training.Batches(Train(), params))
+    assert [len(batch) for batch in whole] == [12] * 4
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        parts.append(list(training.Batches(Train(), params)))
+    together = [sorted(itertools.chain(*batch)) for batch in zip(*parts, strict=True)]
+    assert together == [sorted(batch) for batch in whole]
+    assert {len(batch) for part in parts for batch in part} == {4}
 
 
 def test_a_lost_process_costs_an_epoch_and_no_byte(

@@ -1,7 +1,10 @@
 """training: the loop that fine-tuning and recovery share, on scikit-learn's digits."""
 
 import io
+import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -224,6 +228,25 @@ def test_every_epoch_has_an_order_of_its_own(digits: Path, tmp_path: Path) -> No
     assert len({seen[0], seen[9], seen[18]}) == 3
 
 
+@pytest.mark.parametrize("balance", ["none", "sampler"])
+def test_processes_that_prepare_batches_change_no_bit(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, balance: str
+) -> None:
+    def with_dropout(name: str, create: Callable[[str], nn.Module] = create) -> nn.Module:
+        net = create(name)
+        net.drop_rate = 0.3  # type: ignore[assignment]  # drawn in this process
+        return net
+
+    monkeypatch.setitem(globals(), "create", with_dropout)
+    found = []
+    for workers in (0, 2):
+        monkeypatch.setattr(training, "_workers", lambda _, workers=workers: workers)
+        found.append(fit(digits, tmp_path / f"{workers}.pt", parameters(epochs=2, balance=balance), SMALL))
+    (net, history), (other, again) = found
+    assert history == again
+    assert same(net, other)
+
+
 def test_bf16_is_another_arithmetic(digits: Path, tmp_path: Path) -> None:
     exact, (expected,) = fit(digits, tmp_path / "fp32.pt", parameters(epochs=1))
     rounded, (row,) = fit(digits, tmp_path / "bf16.pt", parameters(epochs=1, bf16=True))
@@ -405,3 +428,15 @@ def test_a_network_that_pytorch_cannot_export_is_one_sentence(tmp_path: Path) ->
         export(Choosing(), spec, tmp_path / "model.onnx")
     assert str(error.value).isprintable()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bench_of_loaders_compares_with_a_bare_loop(tmp_path: Path) -> None:
+    report = tmp_path / "loaders.json"
+    options = ["--side", "32", "--network", "mlp", "--images", "256", "--rounds", "1", "--report", str(report)]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/bench/loaders.py"), *options], capture_output=True, text=True
+    )
+    assert done.returncode in (0, 1), done.stderr
+    (row,) = json.loads(report.read_text())["images_per_s"].values()
+    assert set(row) == {"weighin", "bare"}
+    assert all(speed > 0 for (speed,) in row.values())

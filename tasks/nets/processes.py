@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -112,15 +112,15 @@ def threads(wanted: int | None) -> int | None:
     """How many threads this process uses, of so many that are wanted on this machine; None: as PyTorch chooses."""
     if count() == 1:
         return wanted
-    return max(1, (wanted or int(os.environ.get("OMP_NUM_THREADS", machine.usable_cores()))) // _neighbours())
+    return max(1, (wanted or int(os.environ.get("OMP_NUM_THREADS", machine.usable_cores()))) // neighbours())
 
 
 def all_threads() -> int:
     """How many threads the processes on this machine use together."""
-    return torch.get_num_threads() * _neighbours()
+    return torch.get_num_threads() * neighbours()
 
 
-def _neighbours() -> int:
+def neighbours() -> int:
     """The number of the processes on this machine, this one included."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1
 
@@ -128,18 +128,6 @@ def _neighbours() -> int:
 def wrap(net: nn.Module) -> nn.Module:
     """The network as `fit` trains it: its gradients are the means over all processes."""
     return nn.parallel.DistributedDataParallel(net) if count() > 1 else net
-
-
-class Shares:
-    """Of batches, drawn alike in every process, this process's part."""
-
-    def __init__(self, batches: Iterable[list[int]], seed: int) -> None:
-        self.batches, self.seed = batches, seed
-
-    def __iter__(self) -> Iterator[list[int]]:
-        drawn = list(self.batches)
-        torch.manual_seed(self.seed + rank() * 1_000_003)  # what follows is the augmentation: each has its own
-        yield from (batch[rank() :: count()] for batch in drawn)
 
 
 def add_up(*numbers: float) -> list[float]:

@@ -8,7 +8,7 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +18,10 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, Subset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
-from tasks.core import config, files, paths
+from tasks.core import config, files, machine, paths
 from tasks.core.errors import StageError
 from tasks.core.progress import track
 from tasks.images import splits
@@ -56,6 +56,7 @@ class Images:
     def __init__(
         self, path: Path, preprocessing: Preprocessing, classes: tuple[str, ...], augment: config.Augment | None = None
     ) -> None:
+        self.images: Sequence[bytes]
         self.images, self.labels = splits.read(path, classes)
         self.preprocessing = preprocessing
         self.pixels = _reader(preprocessing, len(self.images))
@@ -178,7 +179,8 @@ def fit(
     every optimizer step (masks are applied there). After each epoch everything that the next one needs is in
     `checkpoint`; a run that finds it goes on from there to the same bytes. `StageError` when the loss is not finite.
     """
-    optimizer, scheduler = _optimizer(net, params, steps=params.epochs * _steps(train, params))
+    batches = Batches(train, params)
+    optimizer, scheduler = _optimizer(net, params, steps=params.epochs * len(batches))
     history: list[dict[str, float]] = []
     best: dict[str, Any] = {"top1": -1.0, "state": _copy(net)}
     if checkpoint.exists():
@@ -188,10 +190,11 @@ def fit(
         scheduler.load_state_dict(saved["scheduler"])
         history, best = saved["history"], saved["best"]
         print(f"resuming after epoch {len(history)} from {checkpoint}", flush=True)
-    together = processes.wrap(net)
+    together, loader = processes.wrap(net), _loader(train, batches, next(net.parameters()).device)
     while len(history) < params.epochs and not _has_stalled(history, params.patience):
         started = time.monotonic()
-        loss = _epoch(together, train, loss_of, params, optimizer, scheduler, after_step, epoch=len(history))
+        batches.seed = _seed(params, len(history))
+        loss = _epoch(together, loader, loss_of, params, optimizer, scheduler, after_step, epoch=len(history))
         processes.equalize(net)
         own = _score(net, val, range(processes.rank(), len(val), processes.count()))
         top1, val_loss = (total / len(val) for total in processes.add_up(*own))
@@ -219,7 +222,7 @@ def write_history(path: Path, history: list[dict[str, float]]) -> None:
 # Eight parameters: the state of a training run, which `fit` has in its own variables.
 def _epoch(
     net: nn.Module,
-    train: Labelled,
+    loader: "DataLoader[tuple[Tensor, Tensor]]",
     loss_of: Loss,
     params: config.Training,
     optimizer: torch.optim.Optimizer,
@@ -227,14 +230,12 @@ def _epoch(
     after_step: Callable[[], None] | None,
     epoch: int,
 ) -> float:
-    seed = params.seed * 10_007 + epoch  # order and augmentation depend on the epoch, not on resuming
-    torch.manual_seed(seed)
+    torch.manual_seed(_seed(params, epoch) + processes.rank() * 1_000_003)  # of what the network draws: its dropout
     where = next(net.parameters()).device
     _train_mode(net)
-    total, steps = 0.0, _steps(train, params)
-    loader = _loader(train, params, seed)
+    total, steps = 0.0, len(loader)
     for images, labels in track(loader, f"epoch {epoch + 1}", steps):
-        images, labels = _to(images, where), labels.to(where)
+        images, labels = _to(images, where), labels.to(where, non_blocking=True)
         with torch.autocast(where.type, torch.bfloat16, enabled=params.bf16):
             loss = loss_of(images, net(images), labels)
         value = float(loss.detach())
@@ -250,20 +251,73 @@ def _epoch(
     return processes.add_up(total)[0] / (steps * processes.count())
 
 
-def _loader(train: Labelled, params: config.Training, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
-    sampler: Sampler[int] = RandomSampler(train)
-    if params.balance == "sampler":
-        labels = torch.tensor(train.labels)
-        sampler = WeightedRandomSampler((1 / torch.bincount(labels))[labels].tolist(), len(labels))
-    drop_last = len(train) > params.batch_size  # a last batch of one image would break BatchNorm
-    batches: Iterable[list[int]] = BatchSampler(sampler, params.batch_size, drop_last)
-    if processes.count() > 1:
-        batches = processes.Shares(batches, seed)
-    return DataLoader(train, batch_sampler=batches)  # type: ignore[arg-type]
+def _seed(params: config.Training, epoch: int) -> int:
+    """What is random in an epoch depends on its number, not on resuming."""
+    return params.seed * 10_007 + epoch
 
 
-def _steps(train: Labelled, params: config.Training) -> int:
-    return max(1, len(train) // params.batch_size)
+class Batches:
+    """This process's part of each batch of an epoch, as pairs of an image's number and the seed of its augmentation.
+
+    Both depend on `seed` alone, whatever else is drawn, and however many processes there are.
+    """
+
+    def __init__(self, train: Labelled, params: config.Training) -> None:
+        self.seed, self.count, self.size = 0, len(train), min(params.batch_size, len(train))
+        self.weights = None
+        if params.balance == "sampler":
+            labels = torch.tensor(train.labels)
+            self.weights = (1 / torch.bincount(labels))[labels]
+
+    def __len__(self) -> int:
+        return self.count // self.size  # a last batch of one image would break BatchNorm
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        drawing = torch.Generator().manual_seed(self.seed)
+        if self.weights is None:
+            order = torch.randperm(self.count, generator=drawing)
+        else:
+            order = torch.multinomial(self.weights, self.count, replacement=True, generator=drawing)
+        seeds = torch.randint(2**62, (self.count,), generator=drawing)
+        for number in range(len(self)):
+            own = slice(number * self.size + processes.rank(), (number + 1) * self.size, processes.count())
+            yield list(zip(order[own].tolist(), seeds[own].tolist(), strict=True))
+
+
+class Drawn:
+    """Images by pairs of their number and the seed of what is random about them."""
+
+    def __init__(self, train: Labelled) -> None:
+        self.train = train
+
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
+        with torch.random.fork_rng(devices=[]):
+            if hasattr(self.train, "__getitems__"):  # of a dataset that makes a batch at once
+                torch.default_generator.manual_seed(pairs[0][1])
+                return list(self.train.__getitems__([index for index, _ in pairs]))
+            return [self._item(*pair) for pair in pairs]
+
+    def _item(self, index: int, seed: int) -> tuple[Tensor, int]:
+        torch.default_generator.manual_seed(seed)
+        return self.train[index]
+
+
+def _loader(train: Labelled, batches: Batches, where: torch.device) -> "DataLoader[tuple[Tensor, Tensor]]":
+    """Batches of images; where a GPU waits for them, other processes decode and augment them, to the same bits."""
+    workers = _workers(where)
+    return DataLoader(
+        Drawn(train),  # type: ignore[arg-type]
+        batch_sampler=batches,
+        generator=torch.Generator(),  # else each start of an epoch would draw from the network's
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=where.type == "cuda",
+    )
+
+
+def _workers(where: torch.device) -> int:
+    """How many processes prepare batches; on a CPU they would take cores from training."""
+    return min(8, max(1, machine.usable_cores() // processes.neighbours() - 1)) if where.type == "cuda" else 0
 
 
 def _optimizer(
@@ -310,7 +364,7 @@ def _has_stalled(history: list[dict[str, float]], patience: int | None) -> bool:
 
 
 def _to(images: Tensor, where: torch.device) -> Tensor:
-    return images.to(where, memory_format=torch.channels_last)
+    return images.to(where, memory_format=torch.channels_last, non_blocking=True)
 
 
 def _copy(net: nn.Module) -> dict[str, Tensor]:
