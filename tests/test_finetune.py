@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from conftest import load_bench
 from PIL import Image
 from ruamel.yaml import YAML
 from sklearn.datasets import load_digits
@@ -276,3 +277,10 @@ def test_zeros_of_a_compressed_network_stay_when_they_are_asked_to(tmp_path: Pat
             assert torch.equal(parameter == 0, zeros)
     if stage == "finetune":
         assert int(net.get_parameter("3.weight").count_nonzero()) > int(before["3.weight"].count_nonzero())
+
+
+def test_the_bench_of_memory_measures_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load_bench("memory")
+    monkeypatch.setattr(bench, "MEASURED", ("finetune",))
+    (peak,) = bench.examine(32).values()
+    assert 200 < peak < 2000

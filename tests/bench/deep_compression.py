@@ -117,6 +117,7 @@ class Pixels:
     def __init__(self, path: Path, preprocessing: Preprocessing) -> None:
         images, labels = zip(*splits.batches(path, preprocessing, CLASSES, 1000), strict=True)
         self.images, self.labels = torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels))
+        self.preprocessing = preprocessing
         self.jitter: Jitter | None = None
 
     def __len__(self) -> int:

@@ -33,7 +33,7 @@ from tasks.core import files, paths
 TARGET = ROOT / paths.REPORTS / "bench" / "layouts.json"
 RECIPE = "data/recipes/mlp-digits.yaml"
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-COUNT = 1200
+COUNT, LEAST = 1200, 2  # images, and those of a class in a split
 HEADER = f"{'layout':24} {'train':>6} {'val':>6} {'test':>6} {'outcome':>9} {'top-1':>7} {'seconds':>8}"
 
 
@@ -160,6 +160,16 @@ LAYOUTS: dict[str, Callable[[Path, list[Digit]], Changes]] = {
 OWN = {"split folders", "class folders with splits", "flat folder", "hugging face folder", "hugging face parquet"}
 
 
+def keeps_splits(name: str, manifest: pd.DataFrame, found: list[Digit]) -> bool:
+    """Whether all images are there, in the splits that the layout has, and each group in one."""
+    counts, expected = manifest["split"].value_counts(), pd.Series([one.split for one in found]).value_counts()
+    return bool(
+        (name not in OWN or (counts.sort_index() == expected.sort_index()).all())
+        and manifest.groupby("group")["split"].nunique().le(1).all()
+        and len(manifest) == COUNT
+    )
+
+
 def examine(name: str, workspace: Workspace, folder: Path) -> dict[str, Any]:
     """Lay the digits out, run, and look at what came of it."""
     found = digits()
@@ -171,7 +181,7 @@ def examine(name: str, workspace: Workspace, folder: Path) -> dict[str, Any]:
         model=name.replace(" ", "-"),
         classes=list(WORDS),
         ingest={"kind": "folder", "path": str(folder), **changes},
-        validate={"min_rows_per_class": 2, "min_side": 16, "max_side": 16},
+        validate={"min_rows_per_class": LEAST, "min_side": 16, "max_side": 16},
         finetune={"image_size": 16},
         quantize={"calibration_images": 64},
         gate={"min_top1": 0.5, "max_top1_drop": 0.2, "max_latency_ratio": 10, "slices": {}},
@@ -179,18 +189,13 @@ def examine(name: str, workspace: Workspace, folder: Path) -> dict[str, Any]:
     decision = workspace.run("--bootstrap", status=PROMOTED)
     manifest = pd.read_parquet(workspace.root / paths.MANIFEST)
     counts = manifest["split"].value_counts()
-    expected = pd.Series([one.split for one in found]).value_counts()
     return {
         "layout": name,
         **{split: int(counts[split]) for split in ("train", "val", "test")},
         "outcome": decision["outcome"],
         "top1": decision["stages"]["reduce"]["top1"],
         "seconds": round(time.monotonic() - began, 1),
-        "right": bool(
-            (name not in OWN or (counts.sort_index() == expected.sort_index()).all())
-            and manifest.groupby("group")["split"].nunique().le(1).all()
-            and len(manifest) == COUNT
-        ),
+        "right": keeps_splits(name, manifest, found),
     }
 
 

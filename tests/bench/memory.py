@@ -54,6 +54,7 @@ def lay(root: Path, side: int) -> None:
     shutil.copy2(ROOT / "dvc.yaml", root)
     yaml = YAML(typ="safe")
     recipe = yaml.load(ROOT / "data/recipes/folder.yaml")
+    recipe["classes"] = list(CLASSES)
     recipe["finetune"]["image_size"] = side
     for training in (recipe["finetune"]["training"], recipe["prune"]["recovery"]["training"]):
         training["epochs"] = 1
