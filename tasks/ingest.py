@@ -1,7 +1,7 @@
 """ingest: bring a source of labelled images into `data/prepared/{train,val,test}.parquet` and a manifest.
 
-Images are handled one at a time; what has to be known of all of them at once (which pixels were seen before,
-which split they go to) is kept in SQLite on disk, so memory does not grow with the number of images.
+A few images are handled at a time by each core; what has to be known of all of them at once (which pixels were seen
+before, which split they go to) is kept in SQLite on disk, so memory does not grow with the number of images.
 """
 
 import csv
@@ -12,7 +12,8 @@ import re
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tasks.core import config, files, machine, paths
+from tasks.core import config, files, paths
 from tasks.core.errors import StageError, run
 from tasks.core.progress import track
 from tasks.images import ledger
@@ -36,6 +37,7 @@ ROWS_PER_GROUP = 512
 BYTES_PER_GROUP = 8 * 2**20
 ROWS_AT_ONCE = 256  # of pixels
 BY_ITSELF = 1000  # images that this process describes before others are started, which takes two seconds
+TOGETHER = 8  # that a process is given at once: more would be read ahead
 MOST_PIXELS = 0.999
 KNOWN_BY = ((255, 255, 255), WHITE_LEVEL)  # the background and white level of the pixels that an image is known by
 UNREADABLE = paths.REPORTS / "unreadable.csv"
@@ -229,19 +231,25 @@ def _describe_all(source: Source, max_side: int, assignment: Assignment, table: 
 
 def _described(source: Source, max_side: int) -> Iterator[tuple[dict[str, Any], str | None]]:
     """Each image's row and own split, in order; after the first images all cores work on them."""
-    from joblib import Parallel, delayed
-
-    def describe_all(items: Iterable[Item]) -> Iterator[Any]:
-        return (
-            delayed(_describe)(item._replace(columns=dict(item.columns)), source.params, max_side) for item in items
-        )
+    from joblib import Parallel, cpu_count, delayed
 
     items = source.items()
-    yield from Parallel(n_jobs=1, return_as="generator")(describe_all(itertools.islice(items, BY_ITSELF)))
+    for item in itertools.islice(items, BY_ITSELF):
+        yield describe(item, source.params, max_side), item.split
     more = list(itertools.islice(items, 1))
-    if more:
-        with Parallel(n_jobs=machine.usable_cores(), return_as="generator") as cores:
-            yield from cores(describe_all(itertools.chain(more, items)))
+    if not more:
+        return
+    ahead = (
+        delayed(_describe)(item._replace(columns=dict(item.columns)), source.params, max_side)
+        for item in itertools.chain(more, items)
+    )
+    try:
+        with Parallel(n_jobs=cpu_count(), return_as="generator", batch_size=TOGETHER) as cores:
+            yield from cores(ahead)
+    except BrokenProcessPool:
+        raise StageError(
+            "a process that reads images was ended, out of memory perhaps: lower validate.max_side in params.yaml"
+        ) from None
 
 
 def _describe(item: Item, params: config.Ingest, max_side: int) -> tuple[dict[str, Any], str | None]:

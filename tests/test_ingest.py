@@ -21,7 +21,6 @@ from pictures import CLASSES, MAX_SIDE, SPLITS, encode, folder, ingest_all, nois
 from PIL import Image
 from ruamel.yaml import YAML
 
-from tasks.core import machine
 from tasks.images import splits
 from tasks.images.sources import Item
 from tasks.ingest import describe, sources
@@ -535,7 +534,7 @@ def test_many_images_are_described_by_all_cores_to_the_same_bytes(
     outputs = [tmp_path / "alone", tmp_path / "together"]
     take(parameters(source), outputs[0])
     monkeypatch.setattr("tasks.ingest.BY_ITSELF", 7)
-    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 2)
     take(parameters(source), outputs[1])
     for name in (*SPLITS, "manifest", "ledger"):
         assert (outputs[0] / f"{name}.parquet").read_bytes() == (outputs[1] / f"{name}.parquet").read_bytes()

@@ -120,16 +120,53 @@ def test_a_lost_process_costs_an_epoch_and_no_byte(
 
 
 @pytest.mark.parametrize(
-    ("main", "told"),
+    ("main", "kind", "told"),
     [
-        (parallel.lose, "training has lost one of its 2 processes 3 times"),
-        (parallel.refuse, "^cat/1.png is damaged$"),
+        (parallel.lose, StageError, "training has lost one of its 2 processes 3 times"),
+        (parallel.refuse, StageError, "^cat/1.png is damaged$"),
+        (parallel.fail, RuntimeError, "KeyError: 'bug'"),
     ],
+    ids=["lost", "refused", "bug"],
 )
-def test_what_cannot_go_on_is_one_sentence(main: Callable[[], None], told: str) -> None:
-    with pytest.raises(StageError, match=told):
+def test_what_cannot_go_on_says_why(
+    main: Callable[[], None], kind: type[Exception], told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(kind, match=told):
         processes.share(main, 2)
     assert not children()
+    assert capfd.readouterr().out.count("all begin again") == (2 if main is parallel.lose else 0)
+
+
+def test_processes_may_have_others_that_prepare_their_batches(
+    undisturbed: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parallel.lay(tmp_path, devices=2, augment={"crop_scale": 1.0, "flip": 0.5})
+    assert processes.share(parallel.train_with_workers, 2)
+    assert all(torch.equal(trained()[name], undisturbed[name]) for name in undisturbed)
+
+
+@pytest.mark.parametrize("differ", ["epochs", "zeros"])
+def test_processes_that_begin_otherwise_are_refused(monkeypatch: pytest.MonkeyPatch, differ: str) -> None:
+    net = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    other = torch.nn.Linear(2, 2)
+    if differ == "zeros":
+        other.weight.data[0] = 0
+    told: list[tuple[float, ...]] = []
+
+    def listen(*numbers: float) -> list[float]:
+        told.append(numbers)
+        return [2 * one for one in numbers]
+
+    monkeypatch.setattr(processes, "add_up", listen)
+    processes.require_agreement(other, 4 if differ == "epochs" else 3)
+    others = iter(told)
+    monkeypatch.setattr(
+        processes, "add_up", lambda *numbers: [a + b for a, b in zip(numbers, next(others), strict=True)]
+    )
+    with pytest.raises(StageError, match=r"disagree on which (epochs are done|weights are zero)"):
+        processes.require_agreement(net, 3)
 
 
 def test_torchrun_may_start_the_processes(

@@ -1,6 +1,8 @@
 """track: what a log of a long step says, also of other processes that take its cores."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,15 @@ def test_cores_that_this_process_may_not_use_are_for_others(
 def test_a_system_that_does_not_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "STAT", tmp_path / "none")
     assert machine.Cores().crowd() == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no /proc")
+def test_the_processes_that_this_one_has_started_are_no_others() -> None:
+    before = machine._children_s()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
+        try:
+            while machine._children_s() < before + 0.2:
+                assert child.poll() is None
+        finally:
+            child.kill()
+    assert machine._children_s() < before + 0.2

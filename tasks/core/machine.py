@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -52,8 +53,18 @@ def _busy_s() -> tuple[float, float] | None:
     if not STAT.exists():
         return None
     user, nice, system, _idle, _wait, interrupts, soft, stolen = map(int, STAT.read_text().split(maxsplit=9)[1:9])
-    own = sum(os.times()[:4])  # with the processes that it started and that have ended
+    own = sum(os.times()[:4]) + _children_s()  # the former has the processes that it started and that have ended
     return time.monotonic(), (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK") - own
+
+
+def _children_s() -> float:
+    """For how many seconds the processes have used a core that this one has started and that still run."""
+    ticks = 0
+    for listing in Path("/proc/self/task").glob("*/children"):
+        for child in listing.read_text().split():
+            with suppress(OSError):  # it may have ended since
+                ticks += sum(map(int, Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The prepared splits: labelled images and their columns, read out of Parquet. Imports neither torch nor timm."""
 
+import mmap
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from tasks.core.errors import StageError, first_line
 from tasks.images.preprocessing import Preprocessing, batch_of, preprocess
 
 Batch = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+AT_ONCE = 256  # images that are copied together
 IN_MEMORY_BYTES = (
     2**29
 )  # of a split's file; a larger one is mapped, and the system keeps as much of it as there is room
@@ -25,12 +27,13 @@ class Mapped(Sequence[bytes]):
 
     def __init__(self, file: pq.ParquetFile, folder: Path) -> None:
         schema = pa.schema([("image", pa.binary())])
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".arrow") as copy:
+        with tempfile.TemporaryFile(dir=folder) as copy:
             with pa.ipc.new_file(copy, schema) as writer:
-                for batch in file.iter_batches(columns=["image"]):
+                for batch in file.iter_batches(AT_ONCE, columns=["image"]):
                     writer.write_batch(batch)
             copy.flush()
-            self.images = pa.ipc.open_file(pa.memory_map(copy.name)).read_all()["image"]
+            mapped = pa.py_buffer(mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ))
+        self.images = pa.ipc.open_file(mapped).read_all()["image"]
 
     def __len__(self) -> int:
         return len(self.images)

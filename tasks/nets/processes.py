@@ -9,6 +9,8 @@ import os
 import socket
 import sys
 import tempfile
+import traceback
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
@@ -21,6 +23,10 @@ from tasks.core import machine
 from tasks.core.errors import MENDABLE, StageError, describe, is_out_of_memory
 
 TRIES = 3  # a process that is lost more often is not lost by chance
+GRACE_S = 5.0
+ERROR, BUG = "error", "bug"  # files in which a process leaves why it has ended
+TORCHRUN = "TORCHELASTIC_RUN_ID"
+OWN_THREADS = torch.get_num_threads()  # as PyTorch chooses them
 
 
 def share(main: Callable[[], None], devices: int) -> bool:
@@ -32,7 +38,7 @@ def share(main: Callable[[], None], devices: int) -> bool:
     """
     if distributed.is_initialized():
         return False
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if TORCHRUN in os.environ:
         _join("env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
         if count() != devices:
             raise StageError(f"training.devices is {devices}, but the world of torchrun has {count()}")
@@ -41,24 +47,36 @@ def share(main: Callable[[], None], devices: int) -> bool:
         return False
     if torch.cuda.is_available() and torch.cuda.device_count() < devices:
         raise StageError(f"training.devices is {devices}, but this machine has {torch.cuda.device_count()} GPUs")
-    for _ in range(TRIES):
+    for attempt in range(TRIES):
+        if attempt:
+            print("training has lost a process: all begin again after the last epoch", flush=True)
         if _run(main, devices):
             return True
-        print("training has lost a process: all begin again after the last epoch", flush=True)
     raise StageError(f"training has lost one of its {devices} processes {TRIES} times; see above")
 
 
 def _run(main: Callable[[], None], devices: int) -> bool:
-    """Whether the processes came to their end; `StageError` with the sentence of one that cannot go on."""
+    """Whether the processes came to their end, and none was lost.
+
+    `StageError` with the sentence of one that cannot go on, `RuntimeError` with the traceback of a bug.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # PyTorch would advise against what `wrap` asks for
     with tempfile.TemporaryDirectory(prefix="weighin-") as folder:
+        started = spawn(_work, (main, devices, folder), devices, join=False)  # type: ignore[no-untyped-call]
         try:
-            spawn(_work, (main, devices, folder), devices, daemon=True)  # type: ignore[no-untyped-call]
+            while not started.join():
+                pass
         except (ProcessExitedException, ProcessRaisedException) as error:
-            told = Path(folder) / "error"
-            if told.exists():
-                raise StageError(told.read_text()) from None
+            for told, kind in ((Path(folder) / ERROR, StageError), (Path(folder) / BUG, RuntimeError)):
+                if told.exists():
+                    raise kind(told.read_text()) from None
             print(error, file=sys.stderr, flush=True)
             return False
+        finally:
+            for process in started.processes:
+                process.terminate()
+                process.join(GRACE_S)
+                process.kill()
     return True
 
 
@@ -66,16 +84,18 @@ def _work(index: int, main: Callable[[], None], devices: int, folder: str) -> No
     if index:
         _silence(sys.stderr)  # its progress is that of the first; an exception goes to the starter
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", _loopback())
     os.environ["LOCAL_WORLD_SIZE"] = str(devices)
     try:
         _join(f"file://{folder}/store", index, devices, index)
         main()
     except Exception as error:
-        if not isinstance(error, MENDABLE) and not is_out_of_memory(error):
-            raise
-        own = Path(folder) / f"error-{index}"
-        own.write_text(describe(error))
-        own.replace(Path(folder) / "error")
+        if isinstance(error, distributed.DistError) or "gloo" in str(error):  # another one is gone
+            raise SystemExit(1) from None
+        mendable = isinstance(error, MENDABLE) or is_out_of_memory(error)
+        own = Path(folder) / f"told-{index}"
+        own.write_text(describe(error) if mendable else traceback.format_exc())
+        own.replace(Path(folder) / (ERROR if mendable else BUG))
         raise SystemExit(1) from None
 
 
@@ -112,7 +132,8 @@ def threads(wanted: int | None) -> int | None:
     """How many threads this process uses, of so many that are wanted on this machine; None: as PyTorch chooses."""
     if count() == 1:
         return wanted
-    return max(1, (wanted or int(os.environ.get("OMP_NUM_THREADS", machine.usable_cores()))) // neighbours())
+    present = machine.usable_cores() if TORCHRUN in os.environ else OWN_THREADS  # torchrun leaves each process one
+    return max(1, (wanted or present) // neighbours())
 
 
 def all_threads() -> int:
@@ -126,8 +147,27 @@ def neighbours() -> int:
 
 
 def wrap(net: nn.Module) -> nn.Module:
-    """The network as `fit` trains it: its gradients are the means over all processes."""
-    return nn.parallel.DistributedDataParallel(net) if count() > 1 else net
+    """The network as `fit` trains it: its gradients are the means over all processes.
+
+    With `find_unused_parameters`, sums are in the same order in each step, and so the same after a restart; without,
+    PyTorch orders them anew after the first step.
+    """
+    if count() == 1:
+        return net
+    return nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+
+
+def require_agreement(net: nn.Module, epochs: int) -> None:
+    """`StageError` if the processes do not begin with the same epoch, or not with the same zeros in their weights."""
+    zeros = 0
+    for parameter in net.parameters() if count() > 1 else ():
+        zeros = zlib.crc32((parameter.detach() == 0).cpu().numpy().tobytes(), zeros)
+    for number, what in ((epochs, "epochs are done"), (zeros % 2**20, "weights are zero")):  # whose squares are exact
+        total, squares = add_up(number, number**2)
+        if total**2 != squares * count():
+            raise StageError(
+                f"the processes that train disagree on which {what}: they need one folder, and machines of one kind"
+            )
 
 
 def add_up(*numbers: float) -> list[float]:

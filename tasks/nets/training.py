@@ -7,6 +7,7 @@ import io
 import math
 import os
 import pickle
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ class Labelled(Protocol):
 
 EVALUATION_BATCH = 250
 KEPT_BYTES = 2**29  # of pixels; a split that has more is decoded in every epoch
+SHARED = Path("/dev/shm")  # noqa: S108  # the memory that processes share
+SHARED_BYTES = 2**30  # that batches on their way between processes may take
 
 
 class Images:
@@ -77,9 +80,10 @@ class Images:
 
 
 def _reader(preprocessing: Preprocessing, count: int) -> Callable[[bytes], Pixels]:
-    """What decodes an image, and remembers it where that many of them fit."""
+    """What decodes an image, and remembers it where that many of them fit into each process that decodes."""
     read = functools.partial(fit_image, preprocessing=preprocessing)
-    return functools.cache(read) if count * math.prod(preprocessing.shape) <= KEPT_BYTES else read
+    most = KEPT_BYTES // max(1, _workers(device()))
+    return functools.cache(read) if count * math.prod(preprocessing.shape) <= most else read
 
 
 def _plain(preprocessing: Preprocessing, pixels: Callable[[bytes], Pixels]) -> Callable[[bytes], Tensor]:
@@ -101,10 +105,10 @@ def _make_augmentation(
 
 
 def device() -> torch.device:
-    """CUDA, else Apple's MPS, else the CPU."""
+    """CUDA, else Apple's MPS, which is for one process only, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("mps" if torch.backends.mps.is_available() and processes.count() == 1 else "cpu")
 
 
 def make_deterministic(seed: int, threads: int | None = None) -> None:
@@ -190,6 +194,7 @@ def fit(
         scheduler.load_state_dict(saved["scheduler"])
         history, best = saved["history"], saved["best"]
         print(f"resuming after epoch {len(history)} from {checkpoint}", flush=True)
+    processes.require_agreement(net, len(history))
     together, loader = processes.wrap(net), _loader(train, batches, next(net.parameters()).device)
     while len(history) < params.epochs and not _has_stalled(history, params.patience):
         started = time.monotonic()
@@ -235,7 +240,7 @@ def _epoch(
     _train_mode(net)
     total, steps = 0.0, len(loader)
     for images, labels in track(loader, f"epoch {epoch + 1}", steps):
-        images, labels = _to(images, where), labels.to(where, non_blocking=True)
+        images, labels = _to(images, where), labels.to(where, non_blocking=where.type == "cuda")
         with torch.autocast(where.type, torch.bfloat16, enabled=params.bf16):
             loss = loss_of(images, net(images), labels)
         value = float(loss.detach())
@@ -267,7 +272,7 @@ class Batches:
         self.weights = None
         if params.balance == "sampler":
             labels = torch.tensor(train.labels)
-            self.weights = (1 / torch.bincount(labels))[labels]
+            self.weights = (1 / torch.bincount(labels).double())[labels]  # float32 loses count of many images
 
     def __len__(self) -> int:
         return self.count // self.size  # a last batch of one image would break BatchNorm
@@ -310,14 +315,17 @@ def _loader(train: Labelled, batches: Batches, where: torch.device) -> "DataLoad
         batch_sampler=batches,
         generator=torch.Generator(),  # else each start of an epoch would draw from the network's
         num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # spawned ones would need a picklable dataset
         persistent_workers=workers > 0,
         pin_memory=where.type == "cuda",
     )
 
 
 def _workers(where: torch.device) -> int:
-    """How many processes prepare batches; on a CPU they would take cores from training."""
-    return min(8, max(1, machine.usable_cores() // processes.neighbours() - 1)) if where.type == "cuda" else 0
+    """How many processes prepare batches: on a CPU they would take cores from training, and they need shared memory."""
+    if where.type != "cuda" or not SHARED.is_dir() or shutil.disk_usage(SHARED).free < SHARED_BYTES:
+        return 0
+    return min(8, max(1, machine.usable_cores() // processes.neighbours() - 1))
 
 
 def _optimizer(
@@ -364,7 +372,7 @@ def _has_stalled(history: list[dict[str, float]], patience: int | None) -> bool:
 
 
 def _to(images: Tensor, where: torch.device) -> Tensor:
-    return images.to(where, memory_format=torch.channels_last, non_blocking=True)
+    return images.to(where, memory_format=torch.channels_last, non_blocking=where.type == "cuda")
 
 
 def _copy(net: nn.Module) -> dict[str, Tensor]:
