@@ -129,12 +129,12 @@ def test_the_bench_of_backbones_goes_on_where_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("refusal", "clear"),
     [
-        ("finetune.backbone 'a' does not suit, as it cannot be made (KeyError: x): choose another backbone", True),
-        ("finetune.image_size 224 does not suit a: ", False),
-        ("finetune.backbone 'a' does not suit, as \x1b[96mthis\x1b[0m failed", False),
-        ("finetune.backbone 'b' does not suit", False),
-        ("Traceback (most recent call last): a", False),
+        ("finetune.backbone 'net_a' does not suit, as it cannot be made (KeyError: x): choose another backbone", True),
+        ("finetune.image_size 224 does not suit net_a: ", False),
+        ("finetune.backbone 'net_a' does not suit, as \x1b[96mthis\x1b[0m failed", False),
+        ("finetune.backbone 'net_b' does not suit", False),
+        ("Traceback (most recent call last): net_a", False),
     ],
 )
 def test_a_clear_refusal_names_the_network_and_a_reason(refusal: str, clear: bool) -> None:
-    assert load_bench("backbones").is_clear(refusal, "a") is clear
+    assert load_bench("backbones").is_clear(refusal, "net_a") is clear

@@ -391,7 +391,7 @@ def test_a_rare_class_is_answered_more_often_where_classes_are_balanced(
     teacher, _ = fit(digits, tmp_path / "teacher.pt", parameters(epochs=8))
     found = {}
     for kind in ("none", balance):
-        params = parameters(epochs=4, learning_rate=0.003, balance=kind, augment={"crop_scale": 1, "flip": 0})
+        params = parameters(epochs=8, learning_rate=0.003, balance=kind, augment={"crop_scale": 1, "flip": 0})
         train, net = rare(training.Images(digits / "train.parquet", preprocessing, CLASSES), 3, 6), create("mlp")
         if how == "recovery":
             recovery = config.Recovery(temperature=2.0, teacher_share=0.5, training=params)
