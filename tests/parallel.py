@@ -16,7 +16,7 @@ CLASSES = ("dark", "light")
 CHECKPOINT, RESULT, AFTER = Path("checkpoint.pt"), Path("result.safetensors"), Path("after.txt")
 VALUES = {
     "epochs": 6,
-    "batch_size": 16,
+    "batch_size": 18,
     "optimizer": "adamw",
     "learning_rate": 0.01,
     "weight_decay": 0.01,

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -322,11 +323,13 @@ def group_members(group: int) -> list[str]:
     return [args for pgid, stat, args in rows if int(pgid) == group and not stat.startswith("Z")]
 
 
-def stage_group(name: str) -> int | None:
-    """The process group in which DVC runs this stage, if it does."""
-    listing = subprocess.run(["ps", "-eo", "pgid=,args="], check=True, capture_output=True, text=True).stdout
-    rows = [line.split(None, 1) for line in listing.splitlines()]
-    return next((int(group) for group, args in rows if args.endswith(f"-m tasks.{name}")), None)
+def stage_group(run: int, name: str) -> int | None:
+    """The process group in which DVC runs this stage, if it does, for the run with this process number."""
+    with suppress(psutil.NoSuchProcess):
+        for one in psutil.Process(run).children(recursive=True):
+            if one.cmdline()[-2:] == ["-m", f"tasks.{name}"]:
+                return os.getpgid(one.pid)
+    return None
 
 
 def test_an_interrupted_run_ends_the_whole_stage_and_the_next_one_goes_on(workspace: Workspace) -> None:
@@ -353,7 +356,7 @@ def start_run(workspace: Workspace) -> subprocess.Popen[str]:
 
 def interrupt(process: subprocess.Popen[str], ending: signal.Signals) -> None:
     """End the run while its fine-tuning is at work; nothing of that is left."""
-    group = wait_for(lambda: stage_group("finetune"), "the stage's start")
+    group = wait_for(lambda: stage_group(process.pid, "finetune"), "the stage's start")
     process.send_signal(ending)
     output, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode == 128 + ending, output

@@ -88,7 +88,9 @@ def cell(values: list[float], form: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3, help="how many trainings of each row")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="how many trainings of each row; 0: the parts of a batch alone"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="how often the parts of a batch take turns")
     arguments = parser.parse_args()
     if not paths.TRAIN.exists():
@@ -107,8 +109,9 @@ def main() -> None:
     }
     files.write_json(REPORT, about | {"devices": rows, "images_per_s_by_parts": parts})
     print(f"\n{about['processor']}, {about['cores']} cores, load before {load:.2f}")
-    print(f"{'devices':10} {'val top-1':>28} {'seconds':>24} {'CPU seconds':>24}")
-    for devices, found in rows.items():
+    if arguments.seeds:
+        print(f"{'devices':10} {'val top-1':>28} {'seconds':>24} {'CPU seconds':>24}")
+    for devices, found in rows.items() if arguments.seeds else ():
         top1, seconds, cpu = ([row[name] for row in found] for name in ("val_top1", "seconds", "cpu_seconds"))
         print(f"{devices:<10} {cell(top1, '{:.2%}'):>28} {cell(seconds, '{:.0f}'):>24} {cell(cpu, '{:.0f}'):>24}")
     print(f"{'parts':10} {'images a second':>28} {'of one part':>24}")
