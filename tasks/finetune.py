@@ -63,13 +63,13 @@ def main() -> None:
     verdict = files.read_json(paths.report("validate"))
     if verdict.get("passed") is not True:
         raise StageError(f"{paths.report('validate')} says that the data did not pass: nothing is trained on it")
-    if processes.share(main, params.finetune.training.devices):
+    if processes.run_together(main, params.finetune.training.devices):
         return
     training.make_deterministic(params.finetune.training.seed, params.finetune.training.threads)
     net, spec = start(params)
     checkpoint = training.checkpoint_path("finetune", paths.TRAIN, paths.VAL, described_by=(params.finetune, spec))
     metrics, history = finetune(net, spec, params.finetune, paths.TRAIN, paths.VAL, checkpoint)
-    processes.leave()
+    processes.end_helpers()
     backbone.save(net, spec, paths.weights("finetune"), paths.spec("finetune"))
     export(net, spec, paths.onnx("finetune"))
     training.write_history(paths.history("finetune"), history)

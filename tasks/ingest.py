@@ -13,7 +13,6 @@ import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -215,7 +214,7 @@ def _describe_all(source: Source, max_side: int, assignment: Assignment, table: 
     """Put every image into the table and the database; returns how many there are of what the report tells."""
     facts: Counter[str] = Counter()
     assignment.database.execute("BEGIN")
-    for index, (row, split) in enumerate(track(_described(source, max_side), "reading images")):
+    for index, (row, split) in enumerate(track(_describe_on_all_cores(source, max_side), "reading images")):
         table.add(row)
         assignment.add(index, row["label"], row["pixels_sha256"], row["group"], split)
         facts += Counter(
@@ -229,8 +228,10 @@ def _describe_all(source: Source, max_side: int, assignment: Assignment, table: 
     return facts
 
 
-def _described(source: Source, max_side: int) -> Iterator[tuple[dict[str, Any], str | None]]:
+def _describe_on_all_cores(source: Source, max_side: int) -> Iterator[tuple[dict[str, Any], str | None]]:
     """Each image's row and own split, in order; after the first images all cores work on them."""
+    from concurrent.futures.process import BrokenProcessPool
+
     from joblib import Parallel, cpu_count, delayed
 
     items = source.items()

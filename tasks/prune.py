@@ -290,7 +290,7 @@ def sparsity(net: nn.Module) -> dict[str, int]:
 def main() -> None:
     everything = config.load()
     params, budget = everything.prune, everything.compress
-    if params.recovery and processes.share(main, params.recovery.training.devices):
+    if params.recovery and processes.run_together(main, params.recovery.training.devices):
         return
     teacher, spec = backbone.load(paths.weights("finetune"), paths.spec("finetune"))
     recovery = params.recovery.training if params.recovery else None
@@ -302,7 +302,7 @@ def main() -> None:
         net, plan, history = compress(teacher, spec, budget, params, table, paths.TRAIN, paths.VAL, checkpoint)
     else:
         net, plan, history = prune(teacher, spec, params, paths.TRAIN, paths.VAL, checkpoint)
-    processes.leave()
+    processes.end_helpers()
     top1, loss = training.evaluate(net, training.Images(paths.VAL, spec.preprocessing, spec.classes))
     metrics = {"val_top1": top1, "val_loss": loss, **sparsity(net)}
     backbone.save(net, spec, paths.weights("prune"), paths.spec("prune"))

@@ -176,12 +176,24 @@ def write(quantized: onnx.ModelProto, target: Path, in_float: int) -> list[str]:
     return left
 
 
+def count_lost(calibrated: onnx.ModelProto, original: onnx.ModelProto, grid: config.Grid) -> dict[str, int | float]:
+    """What rounding with one factor for all weights does to them, for the report; nothing on other grids."""
+    if not isinstance(grid, config.ByFactor):
+        return {}
+    lost = rounding.lost(calibrated, graph.arrays(original), grid.factor)
+    print(
+        f"factor {grid.factor:g}: of {lost['rounded_weights']:,} weights {lost['clipped_weights']:,} are clipped "
+        f"and {lost['zeroed_weights']:,} become 0 ({lost['zeroed_share']:.1%})"
+    )
+    return lost
+
+
 def main() -> None:
     params = config.load().quantize
     if params.grid.qat:
         from tasks.nets import processes  # torch, which nothing but training needs here
 
-        if processes.share(main, params.grid.qat.training.devices):
+        if processes.run_together(main, params.grid.qat.training.devices):
             return
     source = paths.onnx("prune")
     preprocessing, classes = session.description(session.open_session(source, threads=1))
@@ -197,18 +209,11 @@ def main() -> None:
         print(f"faster in float32 on the device, and left so: {', '.join(float32)}")
     original = onnx.load(source)
     calibrated = calibration.quantize(source, images, preprocessing, params, float32)
-    lost: dict[str, int | float] = {}
-    if isinstance(params.grid, config.ByFactor):
-        factor = params.grid.factor
-        lost = rounding.lost(calibrated, graph.arrays(original), factor)
-        print(
-            f"factor {factor:g}: of {lost['rounded_weights']:,} weights {lost['clipped_weights']:,} are clipped "
-            f"and {lost['zeroed_weights']:,} become 0 ({lost['zeroed_share']:.1%})"
-        )
+    lost = count_lost(calibrated, original, params.grid)
     bits = choose_bits(calibrated, original, params.grid, images, preprocessing)
     quantized, history = choose_model(calibrated, original, params.grid, bits, val_top1)
     if params.grid.qat:
-        processes.leave()
+        processes.end_helpers()
     final = with_codebook(quantized, params.grid)
     compact.round_biases(final)
     left = write(final, paths.onnx("quantize"), len(float32))

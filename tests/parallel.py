@@ -60,11 +60,11 @@ def train() -> None:
     history = distillation.distill(net, teacher, recovery, train, val, checkpoint=CHECKPOINT)
     normalized = torch.nn.BatchNorm1d(2)
     normalized.running_mean = torch.full((2,), float(processes.rank()))
-    processes.equalize(normalized)
-    if processes.add_up(float(normalized.running_mean.sum())) != [0]:
+    processes.copy_statistics(normalized)
+    if processes.sum_over_processes(float(normalized.running_mean.sum())) != [0]:
         raise StageError("statistics are not those of the first process")
     threads = torch.tensor([torch.get_num_threads(), processes.all_threads()])
-    processes.leave()
+    processes.end_helpers()
     rows = torch.tensor([[row[name] for name in sorted(row)] for row in history])
     safetensors.torch.save_file(net.state_dict() | {"history": rows, "threads": threads}, RESULT)
     with AFTER.open("a") as file:
@@ -102,4 +102,4 @@ def refuse() -> None:
 
 if __name__ == "__main__":
     wanted = int(sys.argv[1])
-    run(lambda: None if processes.share(train, wanted) else train())
+    run(lambda: None if processes.run_together(train, wanted) else train())

@@ -189,7 +189,7 @@ def test_a_large_split_is_read_from_disk_in_any_order(tmp_path: Path, monkeypatc
     expected, labels = splits.read(path, ("a", "b"))
     monkeypatch.setattr(splits, "IN_MEMORY_BYTES", 100)
     mapped, same = splits.read(path, ("a", "b"))
-    assert isinstance(mapped, splits.Mapped)
+    assert isinstance(mapped, splits.MappedImages)
     assert (list(mapped), same) == (expected, labels)
     assert [mapped[index] for index in (79, 0, 41)] == [expected[index] for index in (79, 0, 41)]
     assert [one.name for one in tmp_path.iterdir()] == ["train.parquet"]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -535,7 +536,16 @@ def test_many_images_are_described_by_all_cores_to_the_same_bytes(
     take(parameters(source), outputs[0])
     monkeypatch.setattr("tasks.ingest.BY_ITSELF", 7)
     monkeypatch.setattr("joblib.cpu_count", lambda: 2)
+    started: list[int] = []
+
+    def start(n_jobs: int, **options: Any) -> joblib.Parallel:
+        started.append(n_jobs)
+        return real(n_jobs=n_jobs, **options)
+
+    real = joblib.Parallel
+    monkeypatch.setattr("joblib.Parallel", start)
     take(parameters(source), outputs[1])
+    assert started == [2]
     for name in (*SPLITS, "manifest", "ledger"):
         assert (outputs[0] / f"{name}.parquet").read_bytes() == (outputs[1] / f"{name}.parquet").read_bytes()
 

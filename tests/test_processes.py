@@ -45,13 +45,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         parallel.lay(root, devices=3, augment={"crop_scale": 1.0, "flip": 0.5})
-        assert processes.share(parallel.train, 3)
+        assert processes.run_together(parallel.train, 3)
         assert parallel.AFTER.read_text() == "trained\n"  # once
         return trained()
 
 
 def test_one_device_is_this_process() -> None:
-    assert not processes.share(parallel.lose, 1)
+    assert not processes.run_together(parallel.lose, 1)
 
 
 def test_two_processes_come_to_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_two_processes_come_to_what_one_does(tmp_path: Path, monkeypatch: pytest
     torch.set_num_threads(before)
     one = trained()
     parallel.CHECKPOINT.unlink()
-    assert processes.share(parallel.train, 2)
+    assert processes.run_together(parallel.train, 2)
     two = trained()
     assert (one.pop("threads").tolist(), two.pop("threads").tolist()) == ([2, 2], [1, 2])
     for name in one:
@@ -86,7 +86,7 @@ def test_processes_share_the_batches_of_one(monkeypatch: pytest.MonkeyPatch, bal
     params = config.Training.model_validate(parallel.VALUES | {"balance": balance, "batch_size": 12})
     whole = list(training.Batches(Train(), params))
     assert [len(batch) for batch in whole] == [12] * 4
-    monkeypatch.setattr(processes, "count", lambda: 3)
+    monkeypatch.setattr(processes, "world_size", lambda: 3)
     parts = []
     for rank in range(3):
         monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
@@ -109,7 +109,7 @@ def test_a_lost_process_costs_an_epoch_and_no_byte(
 
     killer = Thread(target=kill)
     killer.start()
-    assert processes.share(parallel.train, 3)
+    assert processes.run_together(parallel.train, 3)
     killer.join()
     said = capfd.readouterr().out
     assert "training has lost a process: all begin again after the last epoch" in said
@@ -132,7 +132,7 @@ def test_what_cannot_go_on_says_why(
     main: Callable[[], None], kind: type[Exception], told: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(kind, match=told):
-        processes.share(main, 2)
+        processes.run_together(main, 2)
     assert not children()
     assert capfd.readouterr().out.count("all begin again") == (2 if main is parallel.lose else 0)
 
@@ -142,14 +142,14 @@ def test_processes_may_have_others_that_prepare_their_batches(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     parallel.lay(tmp_path, devices=3, augment={"crop_scale": 1.0, "flip": 0.5})
-    assert processes.share(parallel.train_with_workers, 3)
+    assert processes.run_together(parallel.train_with_workers, 3)
     assert all(torch.equal(trained()[name], undisturbed[name]) for name in undisturbed)
 
 
 @pytest.mark.parametrize("differ", ["epochs", "zeros"])
 def test_processes_that_begin_otherwise_are_refused(monkeypatch: pytest.MonkeyPatch, differ: str) -> None:
     net = torch.nn.Linear(2, 2)
-    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
     other = torch.nn.Linear(2, 2)
     if differ == "zeros":
         other.weight.data[0] = 0
@@ -159,11 +159,11 @@ def test_processes_that_begin_otherwise_are_refused(monkeypatch: pytest.MonkeyPa
         told.append(numbers)
         return [2 * one for one in numbers]
 
-    monkeypatch.setattr(processes, "add_up", listen)
+    monkeypatch.setattr(processes, "sum_over_processes", listen)
     processes.require_agreement(other, 4 if differ == "epochs" else 3)
     others = iter(told)
     monkeypatch.setattr(
-        processes, "add_up", lambda *numbers: [a + b for a, b in zip(numbers, next(others), strict=True)]
+        processes, "sum_over_processes", lambda *numbers: [a + b for a, b in zip(numbers, next(others), strict=True)]
     )
     with pytest.raises(StageError, match=r"disagree on which (epochs are done|weights are zero)"):
         processes.require_agreement(net, 3)
@@ -189,7 +189,7 @@ def test_torchrun_and_the_parameters_agree(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     try:
         with pytest.raises(StageError, match=r"^training\.devices is 4, but the world of torchrun has 1$"):
-            processes.share(parallel.train, 4)
+            processes.run_together(parallel.train, 4)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -180,7 +180,9 @@ class Training(Section):
     @model_validator(mode="after")
     def _equal_shares(self) -> Self:
         if self.devices > 1 and (self.batch_size % self.devices or self.batch_size < 2 * self.devices):
-            raise ValueError(f"devices is {self.devices}: batch_size must be twice, thrice or more times that")
+            raise ValueError(
+                f"with devices {self.devices}, batch_size must be a multiple of it, and at least {2 * self.devices}"
+            )
         return self
 
 

@@ -22,7 +22,7 @@ IN_MEMORY_BYTES = (
 )  # of a split's file; a larger one is mapped, and the system keeps as much of it as there is room
 
 
-class Mapped(Sequence[bytes]):
+class MappedImages(Sequence[bytes]):
     """The images of a split in any order, out of a copy on disk that has no name and goes with the process."""
 
     def __init__(self, file: pq.ParquetFile, folder: Path) -> None:
@@ -47,7 +47,7 @@ def read(path: Path, classes: tuple[str, ...]) -> tuple[Sequence[bytes], list[in
     with _open_parquet(path) as file:
         labels = _codes(_labels(file, path, classes), classes)
         if path.stat().st_size > IN_MEMORY_BYTES:
-            return Mapped(file, path.parent), labels
+            return MappedImages(file, path.parent), labels
         return file.read(["image"])["image"].to_pylist(), labels
 
 

@@ -67,14 +67,14 @@ def answers(teacher: nn.Module, images: training.Images) -> Tensor:
     """The teacher's logits, float32 (2 N, classes): for each image as it is, then for each mirrored."""
     where = next(chain(teacher.parameters(), teacher.buffers())).device
     size = batch_of(images.preprocessing, training.EVALUATION_BATCH)
-    own = range(processes.rank(), len(images), processes.count())
+    own = range(processes.rank(), len(images), processes.world_size())
     loader: Iterable[tuple[Tensor, Tensor]] = DataLoader(Subset(images, own), size)  # type: ignore[arg-type]
     as_is: list[Tensor] = []
     mirrored: list[Tensor] = []
     for batch, _ in track(loader, "asking the teacher", -(-len(own) // size)):
         for found, seen in ((as_is, batch), (mirrored, batch.flip(3))):
             found.append(teacher(seen.to(where, memory_format=torch.channels_last)))
-    return torch.cat([processes.collect(torch.cat(found), len(images)) for found in (as_is, mirrored)])
+    return torch.cat([processes.gather_rows(torch.cat(found), len(images)) for found in (as_is, mirrored)])
 
 
 def loss_of_answers(

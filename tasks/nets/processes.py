@@ -29,7 +29,7 @@ TORCHRUN = "TORCHELASTIC_RUN_ID"
 OWN_THREADS = torch.get_num_threads()  # as PyTorch chooses them
 
 
-def share(main: Callable[[], None], devices: int) -> bool:
+def run_together(main: Callable[[], None], devices: int) -> bool:
     """Run a stage's `main` in as many processes as there are `devices`; False if this process has to do it itself.
 
     That is so for one device, and for a process that torchrun or this function has started. After a process is lost,
@@ -40,8 +40,8 @@ def share(main: Callable[[], None], devices: int) -> bool:
         return False
     if TORCHRUN in os.environ:
         _join("env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
-        if count() != devices:
-            raise StageError(f"training.devices is {devices}, but the world of torchrun has {count()}")
+        if world_size() != devices:
+            raise StageError(f"training.devices is {devices}, but the world of torchrun has {world_size()}")
         return False
     if devices == 1:
         return False
@@ -60,7 +60,7 @@ def _run(main: Callable[[], None], devices: int) -> bool:
 
     `StageError` with the sentence of one that cannot go on, `RuntimeError` with the traceback of a bug.
     """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # PyTorch would advise against what `wrap` asks for
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else PyTorch advises against find_unused_parameters
     with tempfile.TemporaryDirectory(prefix="weighin-") as folder:
         started = spawn(_work, (main, devices, folder), devices, join=False)  # type: ignore[no-untyped-call]
         try:
@@ -118,7 +118,7 @@ def _loopback() -> str:
     return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
-def count() -> int:
+def world_size() -> int:
     """The number of processes that train together."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
@@ -130,29 +130,29 @@ def rank() -> int:
 
 def threads(wanted: int | None) -> int | None:
     """How many threads this process uses, of so many that are wanted on this machine; None: as PyTorch chooses."""
-    if count() == 1:
+    if world_size() == 1:
         return wanted
     present = machine.usable_cores() if TORCHRUN in os.environ else OWN_THREADS  # torchrun leaves each process one
-    return max(1, (wanted or present) // neighbours())
+    return max(1, (wanted or present) // local_world_size())
 
 
 def all_threads() -> int:
     """How many threads the processes on this machine use together."""
-    return torch.get_num_threads() * neighbours()
+    return torch.get_num_threads() * local_world_size()
 
 
-def neighbours() -> int:
+def local_world_size() -> int:
     """The number of the processes on this machine, this one included."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
 
 
-def wrap(net: nn.Module) -> nn.Module:
+def average_gradients(net: nn.Module) -> nn.Module:
     """The network as `fit` trains it: its gradients are the means over all processes.
 
     With `find_unused_parameters`, sums are in the same order in each step, and so the same after a restart; without,
     PyTorch orders them anew after the first step.
     """
-    if count() == 1:
+    if world_size() == 1:
         return net
     return nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
 
@@ -160,45 +160,45 @@ def wrap(net: nn.Module) -> nn.Module:
 def require_agreement(net: nn.Module, epochs: int) -> None:
     """`StageError` if the processes do not begin with the same epoch, or not with the same zeros in their weights."""
     zeros = 0
-    for parameter in net.parameters() if count() > 1 else ():
+    for parameter in net.parameters() if world_size() > 1 else ():
         zeros = zlib.crc32((parameter.detach() == 0).cpu().numpy().tobytes(), zeros)
     for number, what in ((epochs, "epochs are done"), (zeros % 2**20, "weights are zero")):  # whose squares are exact
-        total, squares = add_up(number, number**2)
-        if total**2 != squares * count():
+        total, squares = sum_over_processes(number, number**2)
+        if total**2 != squares * world_size():
             raise StageError(
                 f"the processes that train disagree on which {what}: they need one folder, and machines of one kind"
             )
 
 
-def add_up(*numbers: float) -> list[float]:
+def sum_over_processes(*numbers: float) -> list[float]:
     """The sums over all processes."""
-    if count() == 1:
+    if world_size() == 1:
         return list(numbers)
     sums = torch.tensor(numbers, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
     distributed.all_reduce(sums)
     return [float(one) for one in sums]
 
 
-def collect(own: Tensor, rows: int) -> Tensor:
+def gather_rows(own: Tensor, rows: int) -> Tensor:
     """All rows of a table, of which each process has those from its own number on, one in as many as they are."""
-    if count() == 1:
+    if world_size() == 1:
         return own
     table = own.new_zeros(rows, *own.shape[1:])
-    table[rank() :: count()] = own
+    table[rank() :: world_size()] = own
     distributed.all_reduce(table)
     return table
 
 
-def equalize(net: nn.Module) -> None:
+def copy_statistics(net: nn.Module) -> None:
     """Give every process the first one's statistics of batch normalisation."""
-    if count() > 1:
+    if world_size() > 1:
         for buffer in net.buffers():
             distributed.broadcast(buffer, 0)
 
 
-def leave() -> None:
+def end_helpers() -> None:
     """End every process but the first, whose work ends with the training; that one goes on alone."""
-    if count() == 1:
+    if world_size() == 1:
         return
     helper = rank() > 0
     distributed.barrier()

@@ -108,7 +108,7 @@ def device() -> torch.device:
     """CUDA, else Apple's MPS, which is for one process only, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() and processes.count() == 1 else "cpu")
+    return torch.device("mps" if torch.backends.mps.is_available() and processes.world_size() == 1 else "cpu")
 
 
 def make_deterministic(seed: int, threads: int | None = None) -> None:
@@ -195,14 +195,14 @@ def fit(
         history, best = saved["history"], saved["best"]
         print(f"resuming after epoch {len(history)} from {checkpoint}", flush=True)
     processes.require_agreement(net, len(history))
-    together, loader = processes.wrap(net), _loader(train, batches, next(net.parameters()).device)
+    together, loader = processes.average_gradients(net), _loader(train, batches, next(net.parameters()).device)
     while len(history) < params.epochs and not _has_stalled(history, params.patience):
         started = time.monotonic()
         batches.seed = _seed(params, len(history))
         loss = _epoch(together, loader, loss_of, params, optimizer, scheduler, after_step, epoch=len(history))
-        processes.equalize(net)
-        own = _score(net, val, range(processes.rank(), len(val), processes.count()))
-        top1, val_loss = (total / len(val) for total in processes.add_up(*own))
+        processes.copy_statistics(net)
+        own = _score(net, val, range(processes.rank(), len(val), processes.world_size()))
+        top1, val_loss = (total / len(val) for total in processes.sum_over_processes(*own))
         history.append({"epoch": len(history) + 1, "train_loss": loss, "val_loss": val_loss, "val_top1": top1})
         if top1 > best["top1"]:
             best = {"top1": top1, "state": _copy(net)}
@@ -253,7 +253,7 @@ def _epoch(
         if after_step:
             after_step()
         total += value
-    return processes.add_up(total)[0] / (steps * processes.count())
+    return processes.sum_over_processes(total)[0] / (steps * processes.world_size())
 
 
 def _seed(params: config.Training, epoch: int) -> int:
@@ -285,11 +285,11 @@ class Batches:
             order = torch.multinomial(self.weights, self.count, replacement=True, generator=drawing)
         seeds = torch.randint(2**62, (self.count,), generator=drawing)
         for number in range(len(self)):
-            own = slice(number * self.size + processes.rank(), (number + 1) * self.size, processes.count())
+            own = slice(number * self.size + processes.rank(), (number + 1) * self.size, processes.world_size())
             yield list(zip(order[own].tolist(), seeds[own].tolist(), strict=True))
 
 
-class Drawn:
+class SeededImages:
     """Images by pairs of their number and the seed of what is random about them."""
 
     def __init__(self, train: Labelled) -> None:
@@ -311,7 +311,7 @@ def _loader(train: Labelled, batches: Batches, where: torch.device) -> "DataLoad
     """Batches of images; where a GPU waits for them, other processes decode and augment them, to the same bits."""
     workers = _workers(where)
     return DataLoader(
-        Drawn(train),  # type: ignore[arg-type]
+        SeededImages(train),  # type: ignore[arg-type]
         batch_sampler=batches,
         generator=torch.Generator(),  # else each start of an epoch would draw from the network's
         num_workers=workers,
@@ -325,7 +325,7 @@ def _workers(where: torch.device) -> int:
     """How many processes prepare batches: on a CPU they would take cores from training, and they need shared memory."""
     if where.type != "cuda" or not SHARED.is_dir() or shutil.disk_usage(SHARED).free < SHARED_BYTES:
         return 0
-    return min(8, max(1, machine.usable_cores() // processes.neighbours() - 1))
+    return min(8, max(1, machine.usable_cores() // processes.local_world_size() - 1))
 
 
 def _optimizer(
